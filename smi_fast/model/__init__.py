@@ -1,0 +1,1 @@
+"""The frozen Vision Transformer: loading, adapting, and the forward on kept patches."""

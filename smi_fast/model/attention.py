@@ -1,0 +1,23 @@
+"""Self-attention without a mask, with the back end chosen per device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# cuDNN is left out: its backward returned NaN at these lengths in torch 2.11.
+CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``softmax(q k^T / sqrt(d)) v``; all ``[B, H, N, d]``, the result too.
+
+    On a CPU the product is written out: at 33 to 65 tokens the flash kernel's backward alone took 0.4 of a training
+    step of the demo model on two Zen 4 cores (1.15 s with it, 0.71 s written out, torch 2.15).
+    """
+    if query.is_cuda:
+        with sdpa_kernel(CUDA_BACKENDS):
+            return F.scaled_dot_product_attention(query, key, value)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B, H, N, N]
+    return logits.to(exact).softmax(-1).to(value.dtype) @ value

@@ -1,0 +1,210 @@
+"""`SparseViT`: the forward of a frozen Vision Transformer on kept patches only.
+
+Shape letters: B images, K kept patches, N = K + prefix tokens, D width, H heads, d head width, P patch side.
+Two cuts make it cheaper than a forward of the whole model, and change nothing in its result:
+
+* only kept patches are embedded, and their position embeddings are gathered;
+* in the last block, query, softmax, projection and MLP are computed for the tokens that the head reads alone (keys
+  and values for all). The softmax row of CLS there is the CLS score.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smi_fast.kernels.cls_attention import cls_attention
+from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.patch_gather import patch_gather
+from smi_fast.model.attention import attention
+from smi_fast.model.spec import ModelInfo, ViTShape
+
+Norm = nn.LayerNorm | nn.Identity
+
+
+class ViTOutput(NamedTuple):
+    """What one forward gives; ``features`` are the outputs of all blocks but the last, ``[B, N, D]`` each."""
+
+    logits: Tensor  # [B, classes] float32
+    cls_scores: Tensor  # [B, K] float32
+    features: tuple[Tensor, ...]
+
+
+class FrozenBlock(nn.Module):
+    """A pre-norm transformer block; LayerScale, where a model has it, is folded into ``proj`` and ``fc2``."""
+
+    def __init__(
+        self,
+        heads: int,
+        norms: tuple[Norm, Norm],
+        attention_layers: tuple[nn.Linear, Norm, Norm, nn.Linear],
+        mlp: tuple[nn.Linear, Callable[[Tensor], Tensor], nn.Linear],
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = norms
+        self.qkv, self.q_norm, self.k_norm, self.proj = attention_layers
+        self.fc1, self.act, self.fc2 = mlp
+
+    def _split(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """``[B, N, parts * H * d]`` to ``parts`` tensors ``[B, H, N, d]``."""
+        batch, tokens, _ = projected.shape
+        return projected.reshape(batch, tokens, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Projection, MLP and both residual sums; ``x [B, M, D]``, ``attended [B, H, M, d]``."""
+        x = x + self.proj(attended.transpose(1, 2).flatten(2))
+        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, D]`` to ``[B, N, D]``."""
+        query, key, value = self._split(self.qkv(self.norm1(x)), 3)
+        return self._finish(x, attention(self.q_norm(query), self.k_norm(key), value))
+
+    def forward_last(self, x: Tensor, prefix: int, reads: int) -> tuple[Tensor, Tensor]:
+        """The block for the first ``reads`` tokens alone: ``[B, reads, D]``, and the CLS scores ``[B, K]``."""
+        normed = self.norm1(x)
+        inner = self.qkv.out_features // 3
+        weight, bias = self.qkv.weight, self.qkv.bias
+        query = F.linear(normed[:, :reads], weight[:inner], None if bias is None else bias[:inner])
+        both = F.linear(normed, weight[inner:], None if bias is None else bias[inner:])
+        (query,) = self._split(query, 1)
+        key, value = self._split(both, 2)
+        attended, scores = cls_attention(self.q_norm(query), self.k_norm(key), value, prefix)
+        return self._finish(x[:, :reads], attended), scores
+
+    def forward_with_scores(self, x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+        """The block for all tokens, for heads that average the patches: ``[B, N, D]``, CLS scores ``[B, K]``."""
+        query, key, value = self._split(self.qkv(self.norm1(x)), 3)
+        query, key = self.q_norm(query), self.k_norm(key)
+        _, scores = cls_attention(query[:, :, :1], key, value, prefix)
+        return self._finish(x, attention(query, key, value)), scores
+
+
+@dataclass
+class ViTParts:
+    """The pieces of a `SparseViT`, as an adapter hands them over."""
+
+    patch_embed: nn.Linear  # [3 * P * P] -> [D]
+    prefix_tokens: Tensor  # [prefix, D], position embedding added
+    pos_embed: Tensor  # [L, D]
+    norm_pre: Norm
+    blocks: list[FrozenBlock]
+    norm: Norm  # before the head reads its tokens
+    fc_norm: Norm  # after they are pooled
+    heads: list[nn.Linear]  # one for each token that is read; their logits are averaged
+
+
+class SparseViT(nn.Module):
+    """A frozen Vision Transformer that runs on the kept patches of an image.
+
+    Build one with `smi_fast.load_model`. Compute dtype is that of the patch embedding; the final norm and the head
+    stay in float32 at least, since the loss is read off them.
+    """
+
+    def __init__(self, shape: ViTShape, info: ModelInfo, parts: ViTParts) -> None:
+        super().__init__()
+        self.shape, self.info = shape, info
+        self.patch_embed = parts.patch_embed
+        self.prefix_tokens = nn.Parameter(parts.prefix_tokens)
+        self.pos_embed = nn.Parameter(parts.pos_embed)
+        self.norm_pre, self.norm, self.fc_norm = parts.norm_pre, parts.norm, parts.fc_norm
+        self.blocks = nn.ModuleList(parts.blocks)
+        self.heads = nn.ModuleList(parts.heads)
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def grid(self) -> Grid:
+        """The patch grid of the images the model takes."""
+        return self.shape.grid
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype of the blocks."""
+        return self.patch_embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.patch_embed.weight.device
+
+    def with_dtype(self, dtype: torch.dtype) -> "SparseViT":
+        """Cast to a compute dtype, in place; final norm and head are cast to float32 at least."""
+        self.to(dtype)
+        exact = torch.promote_types(dtype, torch.float32)
+        for module in (self.norm, self.fc_norm, self.heads):
+            module.to(exact)
+        return self
+
+    def forward(self, pixels: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Classify images from their kept patches.
+
+        Args:
+            pixels: ``[B, 3, H, W]``, normalised colours.
+            keep: ``[B, K]`` int64 patch ids, or None for all patches.
+
+        Returns:
+            logits ``[B, classes]`` and CLS scores ``[B, K]``, float32 (float64 for a float64 model).
+
+        Raises:
+            ValueError: a shape or dtype that does not fit the model.
+        """
+        self._check(pixels, keep)
+        batch = pixels.shape[0]
+        if keep is None:
+            keep = torch.arange(self.grid.patches, device=pixels.device).expand(batch, -1)
+        still = torch.zeros(batch, 2, dtype=torch.int64, device=pixels.device)
+        windows = patch_gather(pixels, keep, still, still[:, 0].bool(), self.grid.patch, self.dtype)
+        output = self.forward_patches(windows, keep)
+        return output.logits, output.cls_scores
+
+    def forward_patches(self, windows: Tensor, cells: Tensor) -> ViTOutput:
+        """The forward on patches that are already cut out.
+
+        Args:
+            windows: ``[B, K, 3 * P * P]`` in the compute dtype.
+            cells: ``[B, K]`` int64, the grid cell whose position embedding each patch takes.
+        """
+        x = self.patch_embed(windows) + self.pos_embed[cells]
+        x = torch.cat([self.prefix_tokens.expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
+        x = self.norm_pre(x)
+        features = []
+        for block in self.blocks[:-1]:
+            x = block(x)
+            features.append(x)
+        x, scores = self._last_block(x)
+        return ViTOutput(self._head(x), scores, tuple(features))
+
+    def _last_block(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        last, shape = self.blocks[-1], self.shape
+        if shape.reads:
+            return last.forward_last(x, shape.prefix, shape.reads)
+        return last.forward_with_scores(x, shape.prefix)
+
+    def _head(self, x: Tensor) -> Tensor:
+        """Logits from ``[B, reads, D]`` (or all tokens, where the head averages the patches)."""
+        x = self.norm(x.to(self.heads[0].weight.dtype))
+        if self.shape.reads == 0:
+            return self.heads[0](self.fc_norm(x[:, self.shape.prefix :].mean(1)))
+        logits = [head(self.fc_norm(x[:, i])) for i, head in enumerate(self.heads)]
+        return torch.stack(logits).mean(0)
+
+    def _check(self, pixels: Tensor, keep: Tensor | None) -> None:
+        size = (3, self.grid.height, self.grid.width)
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != size or not pixels.is_floating_point():
+            raise ValueError(
+                f"pixels of shape {tuple(pixels.shape)} and {pixels.dtype}: {self.info.name} takes floating point "
+                f"[B, {size[0]}, {size[1]}, {size[2]}]"
+            )
+        if keep is None:
+            return
+        if keep.ndim != 2 or keep.shape[0] != pixels.shape[0] or keep.dtype != torch.int64:
+            raise ValueError(
+                f"keep of shape {tuple(keep.shape)} and {keep.dtype}: must be int64 [B, K] with B={pixels.shape[0]}"
+            )
+        if not 1 <= keep.shape[1] <= self.grid.patches:
+            raise ValueError(f"keep holds {keep.shape[1]} patches an image: must be 1..{self.grid.patches}")
