@@ -152,7 +152,9 @@ def main() -> None:
         torch.save(checkpoint, partial)
         os.replace(partial, args.out.with_suffix(".ckpt"))
         shown = accuracy(model, test_pixels[:2000], test_labels[:2000])
-        print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  top-1 on 2000 {shown:.4f}  {seconds:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  top-1 on 2000 {shown:.4f}  {seconds:.0f} s", flush=True
+        )
 
     top1 = accuracy(model, test_pixels, test_labels)
     print(f"top-1 on the 10,000 test images: {top1:.4f}")

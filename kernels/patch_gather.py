@@ -42,8 +42,7 @@ def patch_ungather_reference(
     gradient: Tensor, keep: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, grid: Grid
 ) -> Tensor:
     """Plain torch; shapes as in `patch_ungather`."""
-    batch, kept, _ = gradient.shape
-    patch = grid.patch
+    batch, patch = gradient.shape[0], grid.patch
     _, remainder = split_shift(shift, patch)
     steps = torch.arange(patch, device=gradient.device)
     y = (updated // grid.columns * patch + remainder[:, :1])[:, :, None] + steps  # [B, A, P]
@@ -60,9 +59,7 @@ def patch_ungather_reference(
     return torch.where(slot[:, :, None] >= 0, values.to(torch.promote_types(values.dtype, torch.float32)), 0.0)
 
 
-def patch_gather(
-    canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patch: int, dtype: torch.dtype
-) -> Tensor:
+def patch_gather(canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
     """Gather the kept windows of a canvas, jittered and flipped.
 
     Args:
@@ -82,9 +79,7 @@ def patch_gather(
     return patch_gather_reference(canvas, keep, shift, flip, patch, dtype)
 
 
-def patch_ungather(
-    gradient: Tensor, keep: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, grid: Grid
-) -> Tensor:
+def patch_ungather(gradient: Tensor, keep: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, grid: Grid) -> Tensor:
     """Bring the gradient of the windows back to the pixels of the updated patches.
 
     Args:

@@ -1,3 +1,9 @@
 """smi_fast: synthesise images that a frozen Vision Transformer recognises, by Sparse Model Inversion."""
 
-__version__ = "0.1.0"
+from smi_fast.config import InversionConfig
+from smi_fast.engine import Inverter
+from smi_fast.images import SparseImages
+from smi_fast.model import load_model
+from smi_fast.versions import __version__
+
+__all__ = ["InversionConfig", "Inverter", "SparseImages", "__version__", "load_model"]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -17,7 +17,7 @@ PAPER_STOPS = ((50, 0.3), (100, 0.3), (200, 0.3), (300, 0.3))
 
 @dataclass(frozen=True)
 class PresetRules:
-    """How a preset computes; see DESIGN of each field in README, section "Presets"."""
+    """How a preset computes."""
 
     stop_updates: bool  # a stopped patch gets no total variation and no optimiser step
     mean_loss: bool  # cross-entropy as a mean over the batch, which ties an image to its batch-mates
@@ -94,36 +94,28 @@ class InversionConfig:
         return cls(**values)
 
 
-@dataclass(frozen=True)
-class _Rule:
-    holds: bool
-    name: str
-    value: Any = field(repr=False)
-    text: str
-
-
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check(c: InversionConfig) -> None:
-    norms = get_args(TVNorm)
-    rules = (
-        _Rule(_is_int(c.iterations) and c.iterations >= 1, "iterations", c.iterations, "must be an integer of at least 1"),
-        _Rule(c.preset in PRESETS, "preset", c.preset, f"must be one of {sorted(PRESETS)}"),
-        _Rule(_is_int(c.seed) and 0 <= c.seed < 2**63, "seed", c.seed, "must be an integer in 0..2**63-1"),
-        _Rule(_finite(c.lr) and c.lr > 0, "lr", c.lr, "must be a positive number"),
-        _Rule(c.lr_schedule in get_args(LRSchedule), "lr_schedule", c.lr_schedule, f"must be in {get_args(LRSchedule)}"),
-        _Rule(len(c.betas) == 2 and all(0 <= b < 1 for b in c.betas), "betas", c.betas, "must be two numbers in [0, 1)"),
-        _Rule(_finite(c.eps) and c.eps > 0, "eps", c.eps, "must be a positive number"),
-        _Rule(0 <= c.jitter <= 0.5, "jitter", c.jitter, "must lie in 0..0.5, a share of the image's side"),
-        _Rule(c.tv_norm is None or c.tv_norm in norms, "tv_norm", c.tv_norm, f"must be one of {norms}"),
-        _Rule(c.tv_weight is None or _weight(c.tv_weight), "tv_weight", c.tv_weight, "must be finite and at least 0"),
-        _Rule(_weight(c.l2_weight), "l2_weight", c.l2_weight, "must be finite and at least 0"),
-    )
-    for rule in rules:
-        if not rule.holds:
-            raise ValueError(f"{rule.name}={rule.value!r}: {rule.text}")
+    """Each field against its rule; the first that breaks one is named."""
+    rules = {
+        "iterations": (_is_int(c.iterations) and c.iterations >= 1, "must be an integer of at least 1"),
+        "preset": (c.preset in PRESETS, f"must be one of {sorted(PRESETS)}"),
+        "seed": (_is_int(c.seed) and 0 <= c.seed < 2**63, "must be an integer in 0..2**63-1"),
+        "lr": (_finite(c.lr) and c.lr > 0, "must be a positive number"),
+        "lr_schedule": (c.lr_schedule in get_args(LRSchedule), f"must be one of {get_args(LRSchedule)}"),
+        "betas": (len(c.betas) == 2 and all(0 <= beta < 1 for beta in c.betas), "must be two numbers in [0, 1)"),
+        "eps": (_finite(c.eps) and c.eps > 0, "must be a positive number"),
+        "jitter": (_finite(c.jitter) and 0 <= c.jitter <= 0.5, "must lie in 0..0.5, a share of the image's side"),
+        "tv_norm": (c.tv_norm in (None, *get_args(TVNorm)), f"must be one of {get_args(TVNorm)}"),
+        "tv_weight": (c.tv_weight is None or _weight(c.tv_weight), "must be finite and at least 0"),
+        "l2_weight": (_weight(c.l2_weight), "must be finite and at least 0"),
+    }
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            raise ValueError(f"{name}={getattr(c, name)!r}: {rule}")
     check_stops(c.stops, c.iterations)
 
 
@@ -147,7 +139,7 @@ def check_stops(stops: tuple[tuple[int, float], ...], iterations: int) -> None:
         if not _is_int(iteration) or iteration < 1:
             raise ValueError(f"{where}: the iteration must be an integer of at least 1, a stop needs CLS scores")
         if iteration >= iterations:
-            raise ValueError(f"{where}: must come before the last iteration, iterations={iterations}")
+            raise ValueError(f"{where}: must come before the last iteration; iterations={iterations}")
         if iteration == previous:
             raise ValueError(f"{where}: iteration {iteration} is named twice; give one stop with the joint ratio")
         if iteration < previous:

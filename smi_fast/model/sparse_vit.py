@@ -181,13 +181,14 @@ class SparseViT(nn.Module):
 
     def _last_block(self, x: Tensor) -> tuple[Tensor, Tensor]:
         last, shape = self.blocks[-1], self.shape
+        assert isinstance(last, FrozenBlock)
         if shape.reads:
             return last.forward_last(x, shape.prefix, shape.reads)
         return last.forward_with_scores(x, shape.prefix)
 
     def _head(self, x: Tensor) -> Tensor:
         """Logits from ``[B, reads, D]`` (or all tokens, where the head averages the patches)."""
-        x = self.norm(x.to(self.heads[0].weight.dtype))
+        x = self.norm(x.to(torch.promote_types(self.dtype, torch.float32)))
         if self.shape.reads == 0:
             return self.heads[0](self.fc_norm(x[:, self.shape.prefix :].mean(1)))
         logits = [head(self.fc_norm(x[:, i])) for i, head in enumerate(self.heads)]

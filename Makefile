@@ -1,0 +1,48 @@
+# make demo   set up, and run the main job on the bundled teacher
+# make test   set up, and run the tests on the newest libraries
+# make lint   ruff and mypy
+# make test-oldest   the tests on the oldest supported torch, in an environment of its own
+
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+OUT ?= runs/demo
+DEMO_STOPS = --stop 50:0.3 --stop 100:0.3 --stop 200:0.3 --stop 300:0.3
+
+.PHONY: setup demo test lint test-oldest clean
+
+setup: $(VENV)/.ready
+setup-oldest: $(OLDEST)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints/newest.txt
+	$(call install,$(VENV),constraints/newest.txt)
+
+$(OLDEST)/.ready: pyproject.toml constraints/oldest.txt
+	$(call install,$(OLDEST),constraints/oldest.txt)
+
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(1)
+	@echo "installing PyTorch and the rest into $(1) (about 5 GB, a few minutes)"
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e ".[test]"
+	touch $(1)/.ready
+endef
+
+demo: setup
+	$(VENV)/bin/smi-fast invert --model demo --labels all --count 5 --iterations 400 $(DEMO_STOPS) \
+		--impl eager --seed 0 --out $(OUT) --overwrite
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+test-oldest: setup-oldest
+	$(OLDEST)/bin/python -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Benchmarks, and the baseline that they are measured against."""

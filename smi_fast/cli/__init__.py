@@ -1,0 +1,42 @@
+"""The command line, ``smi-fast``."""
+
+import sys
+
+import typer
+
+from smi_fast.cli.doctor import doctor
+from smi_fast.cli.invert import invert
+from smi_fast.cli.plan import plan
+from smi_fast.cli.show import show
+from smi_fast.versions import __version__
+
+app = typer.Typer(
+    name="smi-fast",
+    help="Synthesise images that a frozen Vision Transformer recognises (Sparse Model Inversion).",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+for command in (invert, show, plan, doctor):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"smi-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; what a user can mend ends as one line and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"smi-fast: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

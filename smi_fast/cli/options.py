@@ -1,0 +1,88 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from smi_fast.config import PAPER_STOPS
+
+Model = Annotated[str, typer.Option(help="'demo' (bundled), or the name of a timm Vision Transformer.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Weights for the model (.safetensors, or .pth of plain weights).")
+]
+Pretrained = Annotated[
+    bool | None, typer.Option(help="Fetch timm's pretrained weights. [default: yes, if no --checkpoint]")
+]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels. [default: the model's]")]
+Iterations = Annotated[int, typer.Option(help="Optimiser steps an image gets.")]
+Stops = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop",
+        help="ITERATION:RATIO, repeated: after ITERATION steps, drop RATIO of the kept patches. [default: the paper's]",
+    ),
+]
+Dense = Annotated[bool, typer.Option("--dense", help="No stops: every patch is inverted to the end.")]
+BatchSize = Annotated[int, typer.Option(help="Images in work at a time.")]
+DType = Annotated[str, typer.Option(help="Compute dtype: fp32 or bf16. [default: bf16 on CUDA, else fp32]")]
+Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda' or 'cuda:N'.")]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def parse_device(text: str) -> torch.device:
+    """``auto`` takes the GPU where there is one.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ValueError(f"--device {text!r}: must be 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {text!r}: only cpu and cuda are supported")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {text!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def parse_dtype(text: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bf16 on CUDA and fp32 on a CPU.
+
+    Raises:
+        ValueError: another name.
+    """
+    if text == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if text not in DTYPES:
+        raise ValueError(f"--dtype {text!r}: must be one of {', '.join(DTYPES)}")
+    return DTYPES[text]
+
+
+def parse_stops(texts: list[str] | None, dense: bool) -> tuple[tuple[int, float], ...]:
+    """``["50:0.3"]`` to ``((50, 0.3),)``; without any, the paper's four stops.
+
+    Raises:
+        ValueError: not of the form ITERATION:RATIO, or stops together with ``dense``.
+    """
+    if dense:
+        if texts:
+            raise ValueError("--dense and --stop exclude each other: --dense means no stop at all")
+        return ()
+    if not texts:
+        return PAPER_STOPS
+    stops = []
+    for text in texts:
+        iteration, colon, ratio = text.partition(":")
+        try:
+            if not colon:
+                raise ValueError
+            stops.append((int(iteration), float(ratio)))
+        except ValueError:
+            raise ValueError(f"--stop {text!r}: must be ITERATION:RATIO, such as 50:0.3") from None
+    return tuple(stops)

@@ -1,0 +1,46 @@
+"""The files of a run."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from smi_fast.images import Process, SparseImages
+from smi_fast.images.files import write_json
+from smi_fast.images.render import preview_grid, process_strip
+
+IMAGES, PROCESS, PREVIEW, STRIP, REPORT = (
+    "images.safetensors",
+    "process.safetensors",
+    "preview.png",
+    "process.png",
+    "report.json",
+)
+
+
+def prepare_folder(out: Path, overwrite: bool) -> None:
+    """Make the folder, before any work starts.
+
+    Raises:
+        FileExistsError: it holds something, and ``overwrite`` is not given.
+        NotADirectoryError: it is a file.
+        PermissionError: it cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {str(out)!r}: is a file, not a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(f"--out {str(out)!r}: cannot be made: {error.strerror}") from None
+    if any(out.iterdir()) and not overwrite:
+        raise FileExistsError(f"--out {str(out)!r}: is not empty; name another folder, or give --overwrite")
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {str(out)!r}: cannot be written")
+
+
+def write_run(out: Path, images: SparseImages, process: Process, report: dict[str, Any]) -> None:
+    """Write all files of a run; each is complete or absent."""
+    images.save(out / IMAGES, overwrite=True)
+    process.save(out / PROCESS, overwrite=True)
+    preview_grid(images).save(out / PREVIEW)
+    process_strip(process, images.provenance.class_names).save(out / STRIP)
+    write_json(out / REPORT, report, overwrite=True)

@@ -1,0 +1,78 @@
+"""``report.json``: what a run did, how long it took, and what came of it."""
+
+import resource
+import sys
+from typing import Any
+
+import torch
+
+from smi_fast.engine import Inverter
+from smi_fast.flops import run_flops
+from smi_fast.images import SparseImages
+from smi_fast.schedule import sparsity
+from smi_fast.versions import versions
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most device memory allocated so far (CUDA), or the most resident memory of this process (CPU)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def build_report(inverter: Inverter, images: SparseImages, interrupted: bool = False) -> dict[str, Any]:
+    """The contents of ``report.json``; seconds are wall-clock, compilation is counted apart.
+
+    Args:
+        inverter: after its run.
+        images: what it gave, all batches together.
+        interrupted: the run was ended before all images were done.
+    """
+    model, config, stats = inverter.model, inverter.config, inverter.stats
+    flops = run_flops(model.shape, inverter.stages)
+    failures = (images.failed_at >= 0).nonzero().flatten().tolist()
+    return {
+        "images": len(images),
+        "interrupted": interrupted,
+        "iterations": config.iterations,
+        "sparsity": sparsity(inverter.stages, model.grid.patches),
+        "stages": [
+            {
+                "start": stage.start,
+                "end": stage.end,
+                "kept": stage.kept,
+                "tokens": stage.kept + model.shape.prefix,
+                "seconds": seconds,
+            }
+            for stage, seconds in zip(inverter.stages, stats.stage_seconds, strict=True)
+        ],
+        "seconds_compile": stats.seconds_compile,
+        "seconds_run": stats.seconds_run,
+        "seconds_per_image": stats.seconds_run / len(images),
+        "image_iterations_per_s": len(images) * config.iterations / stats.seconds_run,
+        "flops": {
+            "true_per_image": flops.true,
+            "paper_convention_per_image": flops.paper,
+            "true_per_s": flops.true * len(images) / stats.seconds_run,
+        },
+        "peak_memory_bytes": peak_memory_bytes(model.device),
+        "teacher_top1": images.top1,
+        "teacher_confidence": float(images.confidence.double().mean()),
+        "failed": [{"image_id": int(images.image_ids[i]), "iteration": int(images.failed_at[i])} for i in failures],
+        "config": config.to_dict(),
+        "batch_size": inverter.batch_size,
+        "impl": inverter.impl,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(model.device),
+        "model": {"name": model.info.name, "sha256": model.info.sha256},
+        "versions": versions(),
+        "seed": config.seed,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
