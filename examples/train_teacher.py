@@ -4,7 +4,7 @@
 
 Recipe: Muon on the matrices of the blocks and AdamW on the rest, a learning rate that is warmed up, held, and
 brought to zero linearly over the last ``--decay`` of the epochs; label smoothing 0.1; reflect-pad-4 crop and
-flip; a share of the patches dropped until the learning rate starts to fall (it halves the cost of an epoch).
+flip; ``--drop-patches`` of the patches dropped but for the last epochs (it halves the cost of an epoch).
 Prints the top-1 accuracy on the 10,000 test images. A checkpoint is written after each epoch, and
 ``--resume`` goes on from it, with more epochs if asked.
 """
@@ -72,8 +72,7 @@ def train_epoch(model, run, optimizers, pixels, labels, epoch: int, args: argpar
     """One pass over the training set; returns the mean loss."""
     order = torch.randperm(len(pixels), device=pixels.device)
     batches = order[: len(order) // BATCH * BATCH].split(BATCH)
-    decaying = epoch >= args.epochs * (1 - args.decay)
-    model.patch_drop.prob = 0.0 if decaying else args.drop_patches
+    model.patch_drop.prob = args.drop_patches if epoch < round(args.epochs * (1 - args.whole)) else 0.0
     total = torch.zeros((), device=pixels.device)
     for i, index in enumerate(batches):
         factor = lr_factor((epoch + (i + 1) / len(batches)) / args.epochs, 0.5 / args.epochs, args.decay)
@@ -107,6 +106,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.4, help="share of the epochs over which the rate falls")
     parser.add_argument("--drop-patches", type=float, default=0.5)
+    parser.add_argument("--whole", type=float, default=0.15, help="share of the epochs, the last, on all patches")
     parser.add_argument("--init", type=Path, help="start from these weights (.safetensors)")
     parser.add_argument("--resume", type=Path, help="go on from a checkpoint that this script wrote")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -152,9 +152,8 @@ def main() -> None:
         torch.save(checkpoint, partial)
         os.replace(partial, args.out.with_suffix(".ckpt"))
         shown = accuracy(model, test_pixels[:2000], test_labels[:2000])
-        print(
-            f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  top-1 on 2000 {shown:.4f}  {seconds:.0f} s", flush=True
-        )
+        done = f"epoch {epoch + 1}/{args.epochs}"
+        print(f"{done}  loss {loss:.4f}  top-1 on 2000 {shown:.4f}  {seconds:.0f} s", flush=True)
 
     top1 = accuracy(model, test_pixels, test_labels)
     print(f"top-1 on the 10,000 test images: {top1:.4f}")

@@ -10,7 +10,13 @@ disjoint, so each pixel is covered by at most one of them, and the transpose is 
 gradient that falls on a stopped pixel is never written.
 
 Bytes: gather reads and ungather writes each kept pixel once; ``4 + s`` bytes a value for a compute dtype of ``s``.
+
+Both are custom ops, so that a compiler leaves them whole. On two Zen 4 cores (8 images of 224 px, 46 patches of 16)
+inductor's own code for the gather took 7.9 ms, since it works out every 64-bit index, divisions included, at every
+pixel; the reference takes 0.3 ms.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +65,50 @@ def patch_ungather_reference(
     return torch.where(slot[:, :, None] >= 0, values.to(torch.promote_types(values.dtype, torch.float32)), 0.0)
 
 
+@torch.library.custom_op("smi_fast::patch_gather", mutates_args=())
+def _gather(canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
+    return patch_gather_reference(canvas, keep, shift, flip, patch, dtype)
+
+
+@_gather.register_fake
+def _(canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
+    return canvas.new_empty(*keep.shape, 3 * patch * patch, dtype=dtype)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    canvas, keep, shift, flip, patch, _ = inputs
+    ctx.save_for_backward(keep, shift, flip)
+    ctx.grid, ctx.dtype = Grid(canvas.shape[2], canvas.shape[3], patch), canvas.dtype
+
+
+def _gather_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    keep, shift, flip = ctx.saved_tensors
+    grid: Grid = ctx.grid
+    everything = torch.arange(grid.patches, device=keep.device).repeat(len(keep), 1)
+    patches = patch_ungather(gradient, keep, everything, shift, flip, grid)
+    patches = patches.unflatten(1, (grid.rows, grid.columns)).permute(0, 3, 1, 4, 2, 5)
+    canvas = patches.reshape(len(keep), 3, grid.height, grid.width).to(ctx.dtype)
+    return canvas, None, None, None, None, None
+
+
+_gather.register_autograd(_gather_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("smi_fast::patch_ungather", mutates_args=())
+def _ungather(
+    gradient: Tensor, keep: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, height: int, width: int, patch: int
+) -> Tensor:
+    return patch_ungather_reference(gradient, keep, updated, shift, flip, Grid(height, width, patch))
+
+
+@_ungather.register_fake
+def _(
+    gradient: Tensor, keep: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, height: int, width: int, patch: int
+) -> Tensor:
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return gradient.new_empty(*updated.shape, 3, patch, patch, dtype=dtype)
+
+
 def patch_gather(canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
     """Gather the kept windows of a canvas, jittered and flipped.
 
@@ -71,12 +121,15 @@ def patch_gather(canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patc
         dtype: of the result.
 
     Returns:
-        ``[B, K, 3 * P * P]``, ordered channel, row, column, as a patch embedding's convolution weight is.
+        ``[B, K, 3 * P * P]``, ordered channel, row, column, as a patch embedding's convolution weight is;
+        differentiable in ``canvas``.
 
     Raises:
         ValueError: ``H`` or ``W`` is not a multiple of ``patch``.
     """
-    return patch_gather_reference(canvas, keep, shift, flip, patch, dtype)
+    Grid(canvas.shape[2], canvas.shape[3], patch)  # refuses sides that do not fit
+    windows: Tensor = _gather(canvas, keep, shift, flip, patch, dtype)
+    return windows
 
 
 def patch_ungather(gradient: Tensor, keep: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, grid: Grid) -> Tensor:
@@ -91,4 +144,5 @@ def patch_ungather(gradient: Tensor, keep: Tensor, updated: Tensor, shift: Tenso
     Returns:
         ``[B, A, 3, P, P]`` float32 (float64 for a float64 gradient).
     """
-    return patch_ungather_reference(gradient, keep, updated, shift, flip, grid)
+    patches: Tensor = _ungather(gradient, keep, updated, shift, flip, grid.height, grid.width, grid.patch)
+    return patches

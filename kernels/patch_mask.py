@@ -38,23 +38,57 @@ def composite(pixels: Tensor, keep: Tensor, grid: Grid, fill: Tensor) -> Tensor:
     return torch.where(patch_mask(keep, grid)[:, None], pixels, fill.to(pixels.dtype))
 
 
+def _cells(canvas: Tensor, grid: Grid) -> Tensor:
+    """The canvas as ``[B, rows, columns, 3, P, P]``, a view where it is contiguous."""
+    cells = canvas.reshape(canvas.shape[0], 3, grid.rows, grid.patch, grid.columns, grid.patch)
+    return cells.permute(0, 2, 4, 1, 3, 5)
+
+
 def _patch_index(ids: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     images = torch.arange(ids.shape[0], device=ids.device)[:, None].expand_as(ids)
     return images, ids // grid.columns, ids % grid.columns
 
 
+def take_patches_reference(canvas: Tensor, ids: Tensor, grid: Grid) -> Tensor:
+    """Plain torch; shapes as in `take_patches`."""
+    return _cells(canvas, grid)[_patch_index(ids, grid)].contiguous()
+
+
+def put_patches_reference(canvas: Tensor, ids: Tensor, patches: Tensor, grid: Grid) -> Tensor:
+    """Plain torch; shapes as in `put_patches`."""
+    filled = canvas.clone(memory_format=torch.contiguous_format)
+    _cells(filled, grid)[_patch_index(ids, grid)] = patches
+    return filled
+
+
+# custom ops for the same reason as patch_gather: inductor's own code works out each index at every pixel
+@torch.library.custom_op("smi_fast::take_patches", mutates_args=())
+def _take(canvas: Tensor, ids: Tensor, patch: int) -> Tensor:
+    return take_patches_reference(canvas, ids, Grid(canvas.shape[2], canvas.shape[3], patch))
+
+
+@_take.register_fake
+def _(canvas: Tensor, ids: Tensor, patch: int) -> Tensor:
+    return canvas.new_empty(*ids.shape, 3, patch, patch)
+
+
+@torch.library.custom_op("smi_fast::put_patches", mutates_args=())
+def _put(canvas: Tensor, ids: Tensor, patches: Tensor) -> Tensor:
+    return put_patches_reference(canvas, ids, patches, Grid(canvas.shape[2], canvas.shape[3], patches.shape[-1]))
+
+
+@_put.register_fake
+def _(canvas: Tensor, ids: Tensor, patches: Tensor) -> Tensor:
+    return torch.empty_like(canvas, memory_format=torch.contiguous_format)
+
+
 def take_patches(canvas: Tensor, ids: Tensor, grid: Grid) -> Tensor:
-    """``[B, A, 3, P, P]``: the patches ``ids`` (``[B, A]``) of a ``[B, 3, H, W]`` canvas."""
-    images, rows, columns = _patch_index(ids, grid)
-    cells = canvas.reshape(canvas.shape[0], 3, grid.rows, grid.patch, grid.columns, grid.patch)
-    return cells[images, :, rows, :, columns, :]
+    """``[B, A, 3, P, P]``: the patches ``ids`` (``[B, A]``) of a ``[B, 3, H, W]`` canvas; not differentiable."""
+    patches: Tensor = _take(canvas, ids, grid.patch)
+    return patches
 
 
 def put_patches(canvas: Tensor, ids: Tensor, patches: Tensor, grid: Grid) -> Tensor:
     """A copy of the canvas with ``patches`` (``[B, A, 3, P, P]``) at ``ids``; the inverse of `take_patches`."""
-    images, rows, columns = _patch_index(ids, grid)
-    cells = canvas.reshape(canvas.shape[0], 3, grid.rows, grid.patch, grid.columns, grid.patch)
-    # advanced indices around slices come first: [A-index dims, 3, P, P]
-    shape = cells.shape
-    cells = cells.permute(0, 2, 4, 1, 3, 5).index_put((images, rows, columns), patches)
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(shape).reshape(canvas.shape)
+    filled: Tensor = _put(canvas, ids, patches)
+    return filled

@@ -26,58 +26,68 @@ TVNorm = Literal["pixel", "image", "batch"]
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
-def _halo(canvas: Tensor, updated: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Patches with a one-pixel rim ``[B, A, 3, P+2, P+2]``, and the coordinates ``[B, A, P+2]`` of their rows, columns.
+def patch_halo_reference(canvas: Tensor, updated: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """The patches with a one-pixel rim: ``[B, A, 3, P+2, P+2]``, a pixel outside the image clamped to its edge.
 
-    Also ``[B, A, P+2, P+2]`` bool: is that pixel updated? Pixels outside the image are clamped to its edge.
+    Also two masks ``[B, A, 1, P+2, P+2]``: is the pixel in the image, and is it one of the updated pixels?
     """
     batch, side = canvas.shape[0], grid.patch + 2
     rim = torch.arange(-1, grid.patch + 1, device=canvas.device)
-    y = (updated // grid.columns * grid.patch)[:, :, None] + rim
+    y = (updated // grid.columns * grid.patch)[:, :, None] + rim  # [B, A, P+2]
     x = (updated % grid.columns * grid.patch)[:, :, None] + rim
-    inside_y, inside_x = y.clamp(0, grid.height - 1), x.clamp(0, grid.width - 1)
-    index = inside_y[..., :, None] * grid.width + inside_x[..., None, :]
+    near_y, near_x = y.clamp(0, grid.height - 1), x.clamp(0, grid.width - 1)
+    inside = (y == near_y)[..., :, None] & (x == near_x)[..., None, :]
+    index = near_y[..., :, None] * grid.width + near_x[..., None, :]
     halo = canvas.reshape(batch, 3, -1).gather(2, index.reshape(batch, 1, -1).expand(-1, 3, -1))
-    halo = halo.reshape(batch, 3, -1, side, side).transpose(1, 2)
-    patch = (inside_y // grid.patch * grid.columns)[..., :, None] + (inside_x // grid.patch)[..., None, :]
-    slots = slot_of_patch(updated, grid.patches)
-    moving = slots.gather(1, patch.reshape(batch, -1)).reshape(patch.shape) >= 0
-    return halo, y, x, moving
+    patch = (near_y // grid.patch * grid.columns)[..., :, None] + (near_x // grid.patch)[..., None, :]
+    moving = slot_of_patch(updated, grid.patches).gather(1, patch.reshape(batch, -1)).reshape(patch.shape) >= 0
+    halo = halo.reshape(batch, 3, -1, side, side).transpose(1, 2).contiguous()
+    return halo, inside[:, :, None], (moving & inside)[:, :, None]
+
+
+@torch.library.custom_op("smi_fast::patch_halo", mutates_args=())
+def _halo_op(canvas: Tensor, updated: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor]:
+    return patch_halo_reference(canvas, updated, Grid(canvas.shape[2], canvas.shape[3], patch))
+
+
+@_halo_op.register_fake
+def _(canvas: Tensor, updated: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor]:
+    mask = canvas.new_empty(*updated.shape, 1, patch + 2, patch + 2, dtype=torch.bool)
+    return canvas.new_empty(*updated.shape, 3, patch + 2, patch + 2), mask, torch.empty_like(mask)
 
 
 def total_variation_reference(canvas: Tensor, updated: Tensor, grid: Grid, norm: TVNorm) -> tuple[Tensor, Tensor]:
     """Plain torch; shapes as in `total_variation`."""
-    halo, y, x, moving = _halo(canvas, updated, grid)
+    # a custom op, so that a compiler does not work out each index at every pixel, see patch_gather.py
+    halo, inside, moving = _halo_op(canvas, updated, grid.patch)
     side = grid.patch
-    centre = halo[..., 1:-1, 1:-1]
-    value = canvas.new_zeros(canvas.shape[0])
-    gradient = torch.zeros_like(centre)
+    rim = torch.arange(side + 2, device=canvas.device)
+    middle = (rim > 0) & (rim <= side)
+    in_patch = middle[:, None] & middle  # [P+2, P+2], false on the rim
+    value, gradient = canvas.new_zeros(canvas.shape[0]), torch.zeros_like(halo[..., 1:-1, 1:-1])
     for dy, dx in DIRECTIONS:
-        squares = canvas.new_zeros(canvas.shape[0])
-        differences = []
-        for sign in (1, -1):
-            oy, ox = 1 + sign * dy, 1 + sign * dx
-            valid_y = (y[..., oy : oy + side] >= 0) & (y[..., oy : oy + side] < grid.height)
-            valid_x = (x[..., ox : ox + side] >= 0) & (x[..., ox : ox + side] < grid.width)
-            valid = valid_y[..., :, None] & valid_x[..., None, :]  # [B, A, P, P]
-            neighbour = halo[..., oy : oy + side, ox : ox + side]
-            difference = torch.where(valid[:, :, None], centre - neighbour, 0.0)
-            # a pair of two updated pixels is seen from both ends: count it from the first
-            counted = 1.0 if sign == 1 else (~moving[..., oy : oy + side, ox : ox + side]).to(canvas.dtype)
-            lengths = difference.square().sum(2)  # [B, A, P, P]
-            if norm == "pixel":
-                lengths = lengths.sqrt()
-                difference = difference * torch.where(lengths > 0, 1 / lengths, 0.0)[:, :, None]
-            squares = squares + (lengths * counted).sum((1, 2, 3))
-            differences.append(difference)
-        both = differences[0] + differences[1]
+        # the region of first ends p of all pairs (p, p + d) with an end in the patch: the patch, and its shift by -d
+        top, left = 1 - dy, 1 - max(dx, 0)
+        rows, columns = side + dy, side + abs(dx)
+        first = (..., slice(top, top + rows), slice(left, left + columns))
+        second = (..., slice(top + dy, top + dy + rows), slice(left + dx, left + dx + columns))
+        pair = torch.where(inside[first] & inside[second], halo[first] - halo[second], 0.0)
+        squares = pair.square().sum(2, keepdim=True)  # [B, A, 1, rows, columns]
+        # a pair whose first end lies in another updated patch is counted there
+        counted = in_patch[first] | (in_patch[second] & ~moving[first])
         if norm == "pixel":
-            value, gradient = value + squares, gradient + both
+            length = squares.sqrt()
+            value = value + (length * counted).sum((1, 2, 3, 4))
+            unit = pair * torch.where(length > 0, 1 / length, 0.0)
         else:
-            total = (squares.sum().expand_as(squares) if norm == "batch" else squares).sqrt()
-            inverse = torch.where(total > 0, 1 / total, 0.0)
-            value = value + squares * inverse
-            gradient = gradient + both * inverse[:, None, None, None, None]
+            total = (squares * counted).sum((1, 2, 3, 4))
+            length = (total.sum().expand_as(total) if norm == "batch" else total).sqrt()
+            inverse = torch.where(length > 0, 1 / length, 0.0)
+            value = value + total * inverse
+            unit = pair * inverse[:, None, None, None, None]
+        as_first = unit[..., dy : dy + side, max(dx, 0) : max(dx, 0) + side]
+        as_second = unit[..., :side, max(-dx, 0) : max(-dx, 0) + side]
+        gradient = gradient + as_first - as_second
     return value, gradient
 
 

@@ -1,4 +1,45 @@
 import os
+from collections.abc import Callable
+from typing import Any
 
 # read once, when huggingface_hub is imported: no test waits for a network
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from smi_fast.model.from_timm import from_timm
+from smi_fast.model.sparse_vit import SparseViT
+from smi_fast.model.spec import ModelInfo
+
+NAMES = ("ant", "bee", "cow", "dog", "elk")
+
+
+def build_vit(**options: Any) -> VisionTransformer:
+    """A tiny timm ViT whose every parameter matters: 24 x 32 pixels, patch 8, 12 patches, 5 classes."""
+    settings = {"img_size": (24, 32), "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        vit = VisionTransformer(**(settings | options)).eval()
+        for parameter in vit.parameters():
+            spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.4
+            parameter.add_(torch.randn_like(parameter) * spread)
+    return vit
+
+
+@pytest.fixture(scope="session")
+def tiny_vit() -> VisionTransformer:
+    """In float64."""
+    return build_vit().double()
+
+
+@pytest.fixture
+def make_model() -> Callable[..., SparseViT]:
+    """`SparseViT` of `build_vit`, in a dtype."""
+
+    def make(dtype: torch.dtype = torch.float64, **options: Any) -> SparseViT:
+        info = ModelInfo("tiny", "0" * 64, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3), NAMES)
+        return from_timm(build_vit(**options).double(), info).with_dtype(dtype)
+
+    return make

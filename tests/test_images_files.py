@@ -195,9 +195,10 @@ def test_files_that_cannot_be_loaded(tmp_path: Path, kind: type[SparseImages] | 
     other.save(path, overwrite=True)
     with pytest.raises(ValueError, match=r"path=.*its format is"):
         kind.load(path)
-    for metadata in (None, {"format": "pt"}, {files.METADATA_KEY: "{"}, {files.METADATA_KEY: "{}"}):
+    foreign = {"no smi_fast metadata": (None, {"format": "pt"}), "not a whole": ({"smi_fast": "{"}, {"smi_fast": "{}"})}
+    for message, metadata in ((message, one) for message, several in foreign.items() for one in several):
         save_foreign({"weight": torch.zeros(2)}, path, metadata)
-        with pytest.raises(ValueError, match=r"path=.*not a whole"):
+        with pytest.raises(ValueError, match=rf"path=.*{message}"):
             kind.load(path)
 
 

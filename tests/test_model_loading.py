@@ -81,11 +81,13 @@ def test_checkpoint_round_trip(form: str, state: State, tmp_path: Path) -> None:
     torch.testing.assert_close(model(pixels)[0], timm_model(state)(pixels), atol=1e-4, rtol=1e-4)
 
 
-def test_half_precision_weights_are_cast(state: State, tmp_path: Path) -> None:
-    save_file({name: tensor.half() for name, tensor in state.items()}, tmp_path / "half.safetensors")
-    model = load_model(NAME, checkpoint=tmp_path / "half.safetensors", img_size=SIDE)
+def test_half_precision_weights_are_cast_before_resampling(state: State, tmp_path: Path) -> None:
+    half = {name: tensor.half() for name, tensor in state.items()}
+    save_file(half, tmp_path / "half.safetensors")
+    model = load_model(NAME, checkpoint=tmp_path / "half.safetensors", img_size=48)
+    vit = timm_model({name: tensor.float() for name, tensor in half.items()}, 48)
     assert model.dtype == torch.float32
-    assert torch.equal(model.pos_embed, state["pos_embed"][0, 1:].half().float())
+    assert torch.equal(model.pos_embed, vit.pos_embed[0, 1:])
 
 
 @pytest.mark.parametrize("size", [48, (16, 64)])

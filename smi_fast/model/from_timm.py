@@ -225,8 +225,8 @@ def _prove(model: SparseViT, vit: Any) -> None:
     vit.train(training)
     ours, _ = model(image)
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
-    # rounding of float32 sums in another order stays near 1e-5; a missed option is of the order of 1
-    if not error < 1e-2:
+    # rounding of float32 sums in another order stayed below 1e-6 on 24 architectures; GELU for QuickGELU gives 2e-3
+    if not error < 1e-4:
         raise ValueError(
             f"model={model.info.name!r}: logits differ from timm's own forward by a share of {error:.2g}; it has an "
             "option that SparseViT does not understand, please report it"

@@ -1,0 +1,303 @@
+"""Whole inversions: independence of the batch, streams, stops, failures, and one graph a bucket."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import smi_fast.engine.inverter as inverter_module
+from smi_fast.config import InversionConfig
+from smi_fast.engine import Inverter, Progress, Snapshots
+from smi_fast.engine.compiler import compile_step
+from smi_fast.engine.snapshots import default_iterations
+from smi_fast.engine.state import learning_rates, rate_table
+from smi_fast.engine.streams import jitter_table, start_canvas, still_iterations
+from smi_fast.images import SparseImages
+from smi_fast.kernels.patch_mask import take_patches
+from smi_fast.model.sparse_vit import SparseViT
+from smi_fast.priors import View, priors_of
+
+MakeModel = Callable[..., SparseViT]
+CONFIG = InversionConfig(iterations=9, stops=((3, 0.3), (6, 0.4)), jitter=0.3, seed=5)
+
+
+def invert(model: SparseViT, labels: list[int], config: InversionConfig = CONFIG, **options: Any) -> SparseImages:
+    ids = options.pop("image_ids", None)
+    return Inverter(model, config, impl="eager", **options)(labels, ids)
+
+
+def assert_same(one: SparseImages, other: SparseImages, atol: float = 0.0) -> None:
+    assert torch.equal(one.keep, other.keep)
+    torch.testing.assert_close(one.pixels, other.pixels, rtol=0, atol=atol)
+    torch.testing.assert_close(one.confidence, other.confidence, rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_does_not_depend_on_its_batch(make_model: MakeModel) -> None:
+    model = make_model()
+    labels = [0, 1, 2, 3, 4, 0, 1, 2]
+    eight = invert(model, labels, batch_size=8)
+    seven = invert(model, labels[:7], batch_size=7)
+    alone = invert(model, [3], image_ids=[3])
+    assert_same(eight[:7], seven, atol=1e-6)  # float64 inside, saved as float32
+    assert_same(eight[3:4], alone, atol=1e-6)
+    assert not torch.equal(eight.keep[0], eight.keep[5]), "different images keep different patches"
+
+
+def test_a_short_last_batch_is_filled_up(make_model: MakeModel) -> None:
+    model = make_model()
+    whole, cut = invert(model, [0, 1, 2, 3, 4], batch_size=5), invert(model, [0, 1, 2, 3, 4], batch_size=2)
+    assert len(cut) == 5
+    assert cut.image_ids.tolist() == [0, 1, 2, 3, 4]
+    assert_same(whole, cut, atol=1e-6)
+
+
+def test_reference_leaves_the_last_batch_short(make_model: MakeModel) -> None:
+    config = InversionConfig(iterations=3, stops=(), preset="reference")
+    inverter = Inverter(make_model(), config, batch_size=2, impl="eager")
+    assert len(inverter([0, 1, 2])) == 3
+    assert {bucket.batch for bucket in inverter._steps} == {1, 2}
+
+
+def test_result_is_that_of_the_model_on_kept_tokens(make_model: MakeModel) -> None:
+    model = make_model()
+    images = invert(model, [0, 1, 2])
+    logits, _ = model(images.pixels.double(), images.keep)
+    assert torch.equal(images.predicted, logits.argmax(1))
+    expected = logits.softmax(1).gather(1, images.labels[:, None])[:, 0].float()
+    torch.testing.assert_close(images.confidence, expected, rtol=1e-4, atol=1e-5)
+    assert images.keep.shape == (3, 4)
+    assert (images.failed_at == -1).all()
+
+
+def test_saved_keep_is_the_tracked_keep_and_stopped_pixels_stay(make_model: MakeModel) -> None:
+    class Watch(Snapshots):
+        def __init__(self, model: SparseViT) -> None:
+            super().__init__(model, [])
+            self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def offer(self, iteration: int, state: Any, image_ids: Any) -> None:
+            self.seen[iteration] = (state.canvas.clone(), state.keep.clone())
+
+    model = make_model()
+    watch = Watch(model)
+    images = invert(model, [0, 1, 2], snapshots=watch)
+    assert torch.equal(images.keep, watch.seen[9][1])
+    for stop in (3, 6):  # canvases as they were when the patches were stopped
+        canvas, keep = watch.seen[stop]
+        dropped = torch.ones(3, 12, dtype=torch.bool).scatter(1, keep, False)
+        ids = torch.stack([row.nonzero().flatten() for row in dropped])
+        old, new = (take_patches(c, ids, model.grid) for c in (canvas.float(), images.pixels))
+        assert torch.equal(old, new)
+
+
+def test_pixels_stay_in_the_range_of_colours(make_model: MakeModel) -> None:
+    images = invert(make_model(), [0, 1], InversionConfig(iterations=5, stops=(), lr=3.0))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (images.provenance.mean, images.provenance.std))
+    colours = images.pixels * std + mean
+    assert colours.min() > -1e-6
+    assert colours.max() < 1 + 1e-6
+    assert (colours < 1e-6).any(), "a rate of 3 reaches the limits"
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """Not a number for one label, from one iteration on."""
+
+    label: int
+    iteration: int
+    weight: float = 1.0
+    name: str = "faulty"
+
+    def __call__(self, view: View) -> Tensor:
+        bad = (view.labels == self.label) & (view.iteration >= self.iteration)
+        return torch.where(bad, float("nan"), 0.0) * view.patches.flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("iteration", [0, 4, 7])
+def test_a_nan_stops_that_image_alone(make_model: MakeModel, iteration: int) -> None:
+    @dataclass
+    class Told(Progress):
+        failures: list[tuple[int, int]] = field(default_factory=list)
+
+        def image_failed(self, image_id: int, iteration: int) -> None:
+            self.failures.append((image_id, iteration))
+
+    model, told = make_model(), Told()
+    whole = invert(model, [0, 1, 2])
+    hurt = invert(model, [0, 1, 2], priors=(*priors_of(CONFIG), Faulty(1, iteration)), progress=told)
+    assert told.failures == [(1, iteration)]
+    assert hurt.failed_at.tolist() == [-1, iteration, -1]
+    assert hurt.pixels.isfinite().all()
+    others = torch.tensor([0, 2])
+    assert_same(whole[others], hurt[others])
+    if iteration == 0:
+        assert torch.equal(hurt.pixels[1], start_canvas(5, [1], model.grid)[0])
+
+
+def test_a_prior_may_look_at_features_and_windows(make_model: MakeModel) -> None:
+    @dataclass(frozen=True)
+    class Quiet:
+        weight: float = 10.0
+        name: str = "quiet"
+
+        def __call__(self, view: View) -> Tensor:
+            return view.output.features[0].square().mean((1, 2)) + view.windows.square().mean((1, 2))
+
+    model = make_model()
+    config = InversionConfig(iterations=30, stops=(), lr=0.02)
+
+    def energy(images: SparseImages) -> float:
+        return float(images.pixels.square().mean())
+
+    assert energy(invert(model, [0, 1], config, priors=(Quiet(),))) < 0.9 * energy(invert(model, [0, 1], config))
+
+
+def test_stream_yields_while_the_next_batch_is_in_work(make_model: MakeModel) -> None:
+    started: list[int] = []
+    second_began = threading.Event()
+
+    class Watch(Progress):
+        def batch_started(self, index: int, images: int) -> None:
+            started.append(index)
+            if index == 1:
+                second_began.set()
+
+    stream = Inverter(make_model(), CONFIG, batch_size=2, impl="eager", progress=Watch()).stream(iter([0, 1, 2, 3]))
+    first = next(stream)
+    assert first.labels.tolist() == [0, 1]
+    assert second_began.wait(10)
+    assert [batch.labels.tolist() for batch in stream] == [[2, 3]]
+    assert started == [0, 1]
+
+
+def test_closing_a_stream_ends_the_work(make_model: MakeModel) -> None:
+    config = InversionConfig(iterations=10**5, stops=())
+
+    class First(Progress):
+        def __init__(self) -> None:
+            self.steps = 0
+
+        def stepped(self, iteration: int, loss: float | None) -> None:
+            self.steps += 1
+            if self.steps == 3:
+                raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        next(Inverter(make_model(), config, impl="eager", progress=First()).stream([0]))
+
+    endless = Inverter(make_model(), InversionConfig(iterations=50, stops=()), batch_size=1, impl="eager")
+    stream = endless.stream(iter(lambda: 1, 0))  # never runs out
+    next(stream)
+    begin = time.monotonic()
+    stream.close()
+    assert time.monotonic() - begin < 10
+    assert not [t for t in threading.enumerate() if t.name.startswith("smi_fast")]
+
+
+def test_seed_and_id_make_the_image(make_model: MakeModel) -> None:
+    model = make_model()
+    again, other_id = invert(model, [1], image_ids=[9]), invert(model, [1], image_ids=[10])
+    assert_same(invert(model, [1], image_ids=[9]), again)
+    assert not torch.equal(again.pixels, other_id.pixels)
+    assert not torch.equal(start_canvas(1, [9], model.grid), start_canvas(2, [9], model.grid))
+
+
+def test_jitter_table(make_model: MakeModel) -> None:
+    config = InversionConfig(iterations=4000, jitter=0.125, stops=((50, 0.3), (60, 0.3)))
+    table = jitter_table(config, [3, 4], make_model().grid)
+    assert table.shape == (4000, 2, 3)
+    assert torch.equal(table[:, 1], jitter_table(config, [4], make_model().grid)[:, 0])
+    assert not table[[49, 59]].any(), "scores are read from iterations that do not move the image"
+    assert [int(table[..., axis].min()) for axis in range(3)] == [-3, -4, 0]
+    assert [int(table[..., axis].max()) for axis in range(3)] == [3, 4, 1]
+    assert table[..., :2].double().mean().abs() < 0.1
+    assert 0.45 < table[..., 2].double().mean() < 0.55
+    longer = jitter_table(InversionConfig(iterations=4100, stops=config.stops), [3, 4], make_model().grid)
+    assert torch.equal(longer[:4000], table), "a longer run begins like a shorter one"
+    reference = InversionConfig(stops=((50, 0.3),), preset="reference")
+    assert still_iterations(reference) == {49, 50}
+
+
+def test_rates() -> None:
+    config = InversionConfig(iterations=4, stops=(), lr=0.5, lr_schedule="cosine", betas=(0.5, 0.9))
+    assert learning_rates(config) == pytest.approx([0.5, 0.4267767, 0.25, 0.0732233])
+    table = rate_table(config)
+    assert table[:, 1].tolist() == pytest.approx([0.5, 0.75, 0.875, 0.9375])
+    assert table[:, 2].tolist() == pytest.approx([0.1, 0.19, 0.271, 0.3439])
+
+
+def test_one_graph_a_bucket_and_no_break(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inverter_module, "why_not_compile", lambda device: None)
+    monkeypatch.setattr(inverter_module, "compile_step", lambda step, state: compile_step(step, state, "aot_eager"))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model = make_model()
+    inverter = Inverter(model, CONFIG, batch_size=2, impl="compiled")
+    images = inverter([0, 1, 2, 3])
+    assert counters["stats"]["unique_graphs"] == len(inverter.stages) == 3
+    assert not counters["graph_break"]
+    assert not counters["recompile"]
+    assert inverter.stats.seconds_compile > 0
+    inverter([2, 3])
+    assert counters["stats"]["unique_graphs"] == 3, "a second call compiles nothing"
+    assert_same(images, invert(model, [0, 1, 2, 3], batch_size=2), atol=1e-5)
+
+
+def test_without_a_compiler_it_says_so_and_runs_eager(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inverter_module, "why_not_compile", lambda device: "no C++ compiler")
+    with pytest.warns(UserWarning, match="running eager: no C\\+\\+ compiler"):
+        inverter = Inverter(make_model(), CONFIG, impl="compiled")
+    assert inverter.impl == "eager"
+    assert len(inverter([1])) == 1
+
+
+def test_snapshots(make_model: MakeModel) -> None:
+    model = make_model()
+    assert default_iterations(CONFIG, columns=6) == [0, 3, 6, 7, 8, 9]
+    snapshots = Snapshots(model, default_iterations(CONFIG, 6), rows=2)
+    images = invert(model, [0, 1, 2], snapshots=snapshots)
+    process = snapshots.process()
+    assert process.iterations == (0, 3, 6, 7, 8, 9)
+    assert process.kept.sum(2).tolist() == [[12, 12], [8, 8], [4, 4], [4, 4], [4, 4], [4, 4]]
+    assert torch.equal(process.pixels[-1], images[:2].to_uint8())
+    assert process.image_ids.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": True}, "batch_size=True"),
+        ({"impl": "fast"}, "impl='fast'"),
+    ],
+)
+def test_arguments_refused(make_model: MakeModel, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Inverter(make_model(), CONFIG, **({"impl": "eager"} | options))
+
+
+@pytest.mark.parametrize(
+    ("labels", "ids", "message"),
+    [
+        ([], None, "labels is empty"),
+        ([5], None, r"labels: 5: must be a class index in 0\.\.4"),
+        ([-1], None, "labels: -1"),
+        ([1.5], None, "labels: 1.5"),
+        ([1, 2], [3], "image_ids: 1 for 2 labels"),
+        ([1, 2], [3, 3], "all distinct"),
+    ],
+)
+def test_labels_refused(make_model: MakeModel, labels: list[Any], ids: list[int] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Inverter(make_model(), CONFIG, impl="eager")(labels, ids)
+
+
+def test_schedule_that_does_not_fit_the_grid(make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match="leaves no patch"):
+        Inverter(make_model(), InversionConfig(iterations=9, stops=((3, 0.95),)), impl="eager")
