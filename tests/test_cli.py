@@ -1,0 +1,248 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smi_fast import SparseImages, load_model
+from smi_fast.cli import main
+from smi_fast.cli.invert import even_batch_size
+from smi_fast.cli.options import parse_device, parse_dtype, parse_stops
+from smi_fast.images import Process
+
+SMALL = ["--model", "demo", "--iterations", "6", "--stop", "2:0.3", "--stop", "4:0.3", "--impl", "eager", "--quiet"]
+
+
+def run(*arguments: str, code: int = 0) -> None:
+    """Run ``smi-fast`` in this process."""
+    old, sys.argv = sys.argv, ["smi-fast", *arguments]
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert (stopped.value.code or 0) == code
+    finally:
+        sys.argv = old
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    run("invert", *SMALL, "--labels", "cat,3,ship", "--count", "2", "--seed", "4", "--out", str(out))
+    return out
+
+
+def test_invert_writes_all_files(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"images.safetensors", "process.safetensors", "preview.png", "process.png", "report.json"}
+    images = SparseImages.load(finished / "images.safetensors")
+    assert images.labels.tolist() == [3, 3, 8, 3, 3, 8]
+    assert images.keep.shape == (6, 30)
+    assert Process.load(finished / "process.safetensors").iterations[0] == 0
+
+
+def test_report(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    images = SparseImages.load(finished / "images.safetensors")
+    assert {
+        "images", "iterations", "sparsity", "stages", "seconds_compile", "seconds_run", "seconds_per_image",
+        "image_iterations_per_s", "flops", "peak_memory_bytes", "teacher_top1", "teacher_confidence", "config",
+        "model", "versions", "seed", "impl", "dtype", "device", "batch_size", "failed", "interrupted",
+    } == set(report)  # fmt: skip
+    assert report["images"] == 6
+    assert report["sparsity"] == pytest.approx(1 - 30 / 64)
+    assert [(s["start"], s["end"], s["kept"], s["tokens"]) for s in report["stages"]] == [
+        (0, 2, 64, 65), (2, 4, 44, 45), (4, 6, 30, 31),
+    ]  # fmt: skip
+    assert all(stage["seconds"] > 0 for stage in report["stages"])
+    assert report["model"]["sha256"] == load_model("demo").info.sha256
+    assert (report["seed"], report["config"]["stops"]) == (4, [[2, 0.3], [4, 0.3]])
+    model = load_model("demo")
+    logits, _ = model(images.pixels, images.keep)
+    assert report["teacher_top1"] == pytest.approx(float((logits.argmax(1) == images.labels).float().mean()))
+    confidence = logits.softmax(1).gather(1, images.labels[:, None]).mean()
+    assert report["teacher_confidence"] == pytest.approx(float(confidence), rel=1e-3)
+
+
+def test_show_draws_the_same_pictures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("show", str(finished), "--out", str(tmp_path), "--pngs")
+    for name in ("preview.png", "process.png"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+    assert len(list((tmp_path / "pngs").iterdir())) == 6
+    run("show", str(finished), code=2)
+    assert "preview.png exists" in capsys.readouterr().err
+
+
+def test_output_is_not_overwritten(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "images.safetensors").read_bytes()
+    run("invert", *SMALL, "--out", str(finished), code=2)
+    assert "is not empty" in capsys.readouterr().err
+    assert (finished / "images.safetensors").read_bytes() == before
+
+
+def test_overwrite(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("kept")
+    run("invert", *SMALL, "--labels", "0", "--out", str(tmp_path), "--overwrite")
+    assert len(SparseImages.load(tmp_path / "images.safetensors")) == 1
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "deit_tinny_patch16_224"], "deit_tinny_patch16_224"),
+        (["--model", "swin_tiny_patch4_window7_224", "--no-pretrained"], "SwinTransformer"),
+        (["--model", "vit_base_patch16_siglip_224", "--no-pretrained"], "no CLS token"),
+        (["--labels", "10"], "10"),
+        (["--labels", "kat"], "kat"),
+        (["--labels", ""], "label='': an empty label"),
+        (["--count", "0"], "--count 0: must be at least 1"),
+        (["--checkpoint", "missing.safetensors"], "missing.safetensors"),
+        (["--image-size", "30"], "30"),
+        (["--stop", "6:0.3"], "must come before the last iteration"),
+        (["--stop", "5-0.3"], "must be ITERATION:RATIO"),
+        (["--stop", "4:0.5"], "is named twice"),
+        (["--stop", "3:0.3"], "stops must ascend"),
+        (["--dense"], "--dense and --stop exclude each other"),
+        (["--preset", "papers"], "preset='papers'"),
+        (["--tv-weight", "nan"], "tv_weight=nan"),
+        (["--lr", "-1"], "lr=-1.0"),
+        (["--jitter", "2"], "jitter=2.0"),
+        (["--dtype", "fp8"], "--dtype 'fp8'"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "gpu"], "gpu"),
+        (["--impl", "fast"], "impl='fast'"),
+        (["--batch-size", "0"], "--batch-size 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_named_before_any_work(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new"
+    run("invert", *SMALL, *arguments, "--out", str(out), code=2)
+    error = capsys.readouterr().err
+    assert error.startswith("smi-fast: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert not out.exists(), "nothing is made before the arguments hold"
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    run("invert", *SMALL, "--out", str(file), code=2)
+    assert "is a file, not a folder" in capsys.readouterr().err
+    run("invert", *SMALL, "--out", str(file / "below"), code=2)
+    assert "cannot be made" in capsys.readouterr().err
+    if os.geteuid() != 0:
+        tmp_path.chmod(0o500)
+        run("invert", *SMALL, "--out", str(tmp_path / "new"), code=2)
+        assert "cannot be made" in capsys.readouterr().err
+
+
+def test_show_of_nonsense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("show", str(tmp_path / "nothing"), code=2)
+    broken = tmp_path / "images.safetensors"
+    broken.write_bytes(b"not a tensor file")
+    run("show", str(tmp_path), code=2)
+    assert str(broken) in capsys.readouterr().err
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    run("plan", "--model", "deit_tiny_patch16_224", "--images", "1000", "--batch-size", "8")
+    printed = capsys.readouterr().out
+    for expected in ("196", "137", "95", "66", "46", "300..3999", "0.765", "GiB", "an image"):
+        assert expected in printed
+    run("plan", "--images", "0", code=2)
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    run("doctor")
+    printed = capsys.readouterr().out
+    for expected in ("torch", torch.__version__.partition("+")[0], "Triton", "compile cache"):
+        assert expected in printed
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--version")
+    run("--help")
+    printed = capsys.readouterr().out
+    assert "smi-fast 0." in printed
+    assert "invert" in printed
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "smi_fast", "invert", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_interrupt_keeps_finished_batches(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(
+        *("--labels", "0", "--count", "1000", "--batch-size", "1", "--iterations", "30", "--dense"),
+        *("--impl", "eager", "--out", str(out)),
+    )
+    assert process.stderr is not None
+    for line in process.stderr:  # third batch begun: the first is done and handed over
+        if "images 3-3 of 1000" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "finished; they are kept" in errors
+    images = SparseImages.load(out / "images.safetensors")
+    assert 1 <= len(images) < 1000
+    assert f"{len(images)} images" in output
+    report = json.loads((out / "report.json").read_text())
+    assert report["interrupted"]
+    assert report["images"] == len(images)
+
+
+def test_interrupt_before_the_first_batch(tmp_path: Path) -> None:
+    process = start("--labels", "0", "--iterations", "100000", "--dense", "--impl", "eager", "--out", str(tmp_path))
+    assert process.stderr is not None
+    next(line for line in process.stderr if "stage 1" in line)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "0 of 1 images were finished" in errors
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("images", "limit", "batch"), [(1, 64, 1), (64, 64, 64), (65, 64, 33), (200, 64, 50), (10, 3, 3), (9, 4, 3)]
+)
+def test_even_batch_size(images: int, limit: int, batch: int) -> None:
+    assert even_batch_size(images, limit) == batch
+
+
+def test_options() -> None:
+    assert parse_stops(["5:0.5", "9:0.25"], False) == ((5, 0.5), (9, 0.25))
+    assert parse_stops(None, True) == ()
+    assert len(parse_stops(None, False)) == 4
+    cpu = parse_device("cpu")
+    assert parse_dtype("auto", cpu) == torch.float32
+    assert parse_dtype("auto", torch.device("cuda")) == parse_dtype("bf16", cpu) == torch.bfloat16
+
+
+def test_nan_weights_in_a_checkpoint(tmp_path: Path, capsys: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    import smi_fast.model
+
+    source = Path(smi_fast.model.__file__).parent / "assets" / "demo.safetensors"
+    weights = load_file(source)
+    weights["head.weight"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "nan.safetensors")
+    run("invert", *SMALL, "--checkpoint", str(tmp_path / "nan.safetensors"), "--out", str(tmp_path / "o"), code=2)
+    assert "head.weight" in capsys.readouterr().err
