@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -291,11 +292,34 @@ def test_arguments_refused(make_model: MakeModel, options: dict[str, Any], messa
         ([1.5], None, "labels: 1.5"),
         ([1, 2], [3], "image_ids: 1 for 2 labels"),
         ([1, 2], [3, 3], "all distinct"),
+        ([1, 2], [3, -1], "image_ids: -1"),
+        ([True], None, "labels: True"),
     ],
 )
 def test_labels_refused(make_model: MakeModel, labels: list[Any], ids: list[int] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Inverter(make_model(), CONFIG, impl="eager")(labels, ids)
+
+
+def test_labels_may_be_numpy_or_tensors(make_model: MakeModel) -> None:
+    for labels in (np.array([1, 4]), torch.tensor([1, 4])):
+        assert invert(make_model(), labels).labels.tolist() == [1, 4]  # type: ignore[arg-type]
+
+
+def test_a_bad_label_in_a_stream_leaves_earlier_batches(make_model: MakeModel) -> None:
+    stream = Inverter(make_model(), CONFIG, batch_size=1, impl="eager").stream([0, 1, 9])
+    assert [next(stream).labels.tolist(), next(stream).labels.tolist()] == [[0], [1]]
+    with pytest.raises(ValueError, match="labels: 9"):
+        next(stream)
+
+
+def test_out_of_memory_says_what_to_do(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(inverter_module, "new_state", full)
+    with pytest.raises(MemoryError, match="batch_size=3; a smaller batch size"):
+        invert(make_model(), [0, 1], batch_size=3)
 
 
 def test_schedule_that_does_not_fit_the_grid(make_model: MakeModel) -> None:

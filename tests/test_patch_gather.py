@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smi_fast.kernels.grid import Grid, slot_of_patch, split_shift, target_cells
-from smi_fast.kernels.patch_gather import patch_gather, patch_ungather
+from smi_fast.kernels.patch_gather import patch_gather, patch_gather_reference, patch_ungather
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,12 @@ def test_windows_of_all_patches_cover_each_pixel_once(case: Case) -> None:
 def test_ungather_is_the_gradient_of_gather(case: Case, seed: int) -> None:
     grid, batch = case.grid, len(case.keep)
     canvas = case.canvas().requires_grad_()
-    windows = patch_gather(canvas, case.keep, case.shift, case.flip, grid.patch, canvas.dtype)
+    where = (case.keep, case.shift, case.flip, grid.patch, canvas.dtype)
+    windows = patch_gather_reference(canvas, *where)  # the op's own backward is patch_ungather
     cotangent = torch.randn(windows.shape, dtype=windows.dtype, generator=torch.Generator().manual_seed(seed))
     (whole,) = torch.autograd.grad(windows, canvas, cotangent)
+    (of_op,) = torch.autograd.grad(patch_gather(canvas, *where), canvas, cotangent)
+    assert torch.equal(of_op, whole)
     everything = torch.arange(grid.patches).expand(batch, -1)
     more = 1 + seed % grid.patches  # patches that are updated, kept or not
     for updated in (case.keep, everything, subsets(grid.patches, batch, more, seed)):

@@ -37,6 +37,6 @@ def main() -> None:
     """Run the command line; what a user can mend ends as one line and exit code 2."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"smi-fast: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,13 +1,14 @@
 """`Inverter`: labels in, sparse images out."""
 
 import itertools
+import operator
 import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,7 +123,8 @@ class Inverter:
         labels = list(labels)
         if not labels:
             raise ValueError("labels is empty: give at least one class index")
-        self._check(labels)
+        for label in labels:
+            self._class_index(label)
         if image_ids is not None and (len(image_ids) != len(labels) or len(set(image_ids)) != len(labels)):
             raise ValueError(f"image_ids: {len(image_ids)} for {len(labels)} labels; must be one each, all distinct")
         return SparseImages.cat(list(self.stream(labels, image_ids)))
@@ -132,6 +134,11 @@ class Inverter:
 
         Batches come in the order of the labels. Closing the iterator (or an interrupt) stops the work after the
         current step and drops the unfinished batches.
+
+        Raises:
+            ValueError: a label that the model does not know, or an id that is no integer of 0 or more, when the
+                stream comes to its batch.
+            MemoryError: the batch does not fit into device memory.
         """
         gone = threading.Event()
         batches = self._batches(labels, itertools.count() if image_ids is None else image_ids, gone)
@@ -156,38 +163,52 @@ class Inverter:
             if not chunk:
                 return
             wanted = len(chunk)
-            self._check([label for label, _ in chunk])
             if self.config.rules.stop_updates and index > 0:
                 chunk += chunk[-1:] * (self.batch_size - wanted)
             yield _Batch(index, [label for label, _ in chunk], [i for _, i in chunk], wanted, gone)
 
-    def _check(self, labels: Sequence[int]) -> None:
+    def _class_index(self, label: Any) -> int:
+        """A label as an int; numpy integers and 0-d tensors will do."""
         classes = self.model.shape.num_classes
-        for label in labels:
-            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < classes:
-                raise ValueError(f"labels: {label!r}: must be a class index in 0..{classes - 1}")
+        try:
+            index = operator.index(label)
+        except TypeError:
+            index = -1
+        if isinstance(label, bool) or not 0 <= index < classes:
+            raise ValueError(f"labels: {label!r}: must be a class index in 0..{classes - 1}")
+        return index
 
     @torch.no_grad()
     def _invert(self, batch: _Batch) -> SparseImages:
         """One batch from start to finish; runs in the engine's thread."""
         self.progress.batch_started(batch.index, batch.wanted)
         begin, compiled_before = time.perf_counter(), self.stats.seconds_compile
-        state = new_state(self.model, self.config, batch.labels, batch.image_ids, len(self.priors))
+        try:
+            images = self._finish(self._run_stages(batch), batch)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"out of device memory at batch_size={self.batch_size}; a smaller batch size needs less: {error}"
+            ) from error
+        compiling = self.stats.seconds_compile - compiled_before
+        self.stats.seconds_run += time.perf_counter() - begin - compiling
+        self.stats.images += batch.wanted
+        self.progress.batch_finished(batch.index, batch.wanted)
+        return images
+
+    def _run_stages(self, batch: _Batch) -> State:
+        """From the start of a batch to its last step."""
+        labels = [self._class_index(label) for label in batch.labels]
+        state = new_state(self.model, self.config, labels, batch.image_ids, len(self.priors))
         reader = LossReader(state)
         for number, stage in enumerate(self.stages):
             if number:
                 state = stop_patches(state, stage.kept, self.config.rules.stop_updates)
             step = self._step(state)
             self.progress.stage_started(number, stage)
-            stage_begin = time.perf_counter()
+            begin = time.perf_counter()
             self._run_stage(step, state, (stage, batch, reader))
-            self.stats.stage_seconds[number] += time.perf_counter() - stage_begin
-        images = self._finish(state, batch)
-        compiling = self.stats.seconds_compile - compiled_before
-        self.stats.seconds_run += time.perf_counter() - begin - compiling
-        self.stats.images += batch.wanted
-        self.progress.batch_finished(batch.index, batch.wanted)
-        return images
+            self.stats.stage_seconds[number] += time.perf_counter() - begin
+        return state
 
     def _run_stage(self, step: Step, state: State, work: tuple[Stage, _Batch, LossReader]) -> None:
         """All iterations of a stage, and the wait for the device at its end."""

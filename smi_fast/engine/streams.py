@@ -18,7 +18,9 @@ START, JITTER = 0, 1
 
 
 def image_stream(seed: int, image_id: int, purpose: int) -> np.random.Generator:
-    """The generator of one image for one purpose."""
+    """The generator of one image for one purpose; raises ``ValueError`` on an id outside 0..2**63-1."""
+    if not 0 <= image_id < 2**63:
+        raise ValueError(f"image_ids: {image_id!r}: must be an integer in 0..2**63-1")
     counter = np.array([0, 0, 0, purpose], dtype=np.uint64)
     key = np.array([seed, image_id], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(counter=counter, key=key))

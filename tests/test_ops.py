@@ -1,0 +1,53 @@
+"""The custom ops: schema, fake and autograd registrations, and full-graph tracing."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from smi_fast.kernels import patch_gather as gather_module
+from smi_fast.kernels import patch_mask as mask_module
+from smi_fast.kernels import total_variation as tv_module
+from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.patch_gather import patch_gather, patch_ungather
+
+GRID = Grid(8, 12, 4)
+KEEP = torch.tensor([[0, 3, 5], [1, 2, 4]])
+SHIFT = torch.tensor([[3, -2], [-5, 7]])
+FLIP = torch.tensor([True, False])
+
+
+def canvas(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(2, 3, 8, 12, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    pixels = canvas(torch.float64 if dtype == torch.float64 else torch.float32)
+    opcheck(gather_module._gather, (pixels.requires_grad_(), KEEP, SHIFT, FLIP, 4, dtype))
+    pixels = pixels.detach()
+    windows = patch_gather(pixels, KEEP, SHIFT, FLIP, 4, dtype)
+    opcheck(gather_module._ungather, (windows, KEEP, KEEP, SHIFT, FLIP, 8, 12, 4))
+    opcheck(mask_module._take, (pixels, KEEP, 4))
+    opcheck(mask_module._put, (pixels, KEEP, torch.randn(2, 3, 3, 4, 4, dtype=pixels.dtype)))
+    opcheck(tv_module._halo_op, (pixels, KEEP, 4))
+
+
+def test_gradcheck() -> None:
+    pixels = canvas().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: patch_gather(x, KEEP, SHIFT, FLIP, 4, torch.float64), (pixels,))
+
+
+def test_full_graph() -> None:
+    def there_and_back(pixels: Tensor) -> Tensor:
+        windows = patch_gather(pixels, KEEP, SHIFT, FLIP, 4, torch.float32)
+        return patch_ungather(windows * 2, KEEP, KEEP, SHIFT, FLIP, GRID)
+
+    pixels = canvas(torch.float32)
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(pixels), there_and_back(pixels))
+
+
+def test_sides_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="height=9"):
+        patch_gather(torch.zeros(2, 3, 9, 12), KEEP, SHIFT, FLIP, 4, torch.float32)
