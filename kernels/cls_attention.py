@@ -14,9 +14,9 @@ from torch import Tensor
 
 def cls_attention_reference(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """Plain torch; shapes as in `cls_attention`."""
-    scale = query.shape[-1] ** -0.5
     exact = torch.promote_types(query.dtype, torch.float32)
-    row = ((query @ key.transpose(-2, -1)).to(exact) * scale).softmax(-1)  # [B, H, M, N]
+    scaled = query.to(exact) * query.shape[-1] ** -0.5
+    row = (scaled @ key.to(exact).transpose(-2, -1)).softmax(-1)  # [B, H, M, N]
     return row.to(value.dtype) @ value, row[:, :, 0, prefix:].mean(1)
 
 

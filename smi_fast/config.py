@@ -58,7 +58,12 @@ class InversionConfig:
     l2_weight: float = 0.0  # weight of the 2-norm of an image's updated pixels
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stops", tuple((iteration, float(ratio)) for iteration, ratio in self.stops))
+        try:
+            object.__setattr__(self, "stops", tuple((iteration, float(ratio)) for iteration, ratio in self.stops))
+        except (TypeError, ValueError):
+            raise ValueError(f"stops={self.stops!r}: must be pairs of an iteration and a ratio") from None
+        if not isinstance(self.betas, tuple | list):
+            raise ValueError(f"betas={self.betas!r}: must be two numbers in [0, 1)")
         object.__setattr__(self, "betas", tuple(self.betas))
         _check(self)
 
@@ -87,11 +92,7 @@ class InversionConfig:
         unknown = set(fields) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(f"config has unknown fields {sorted(unknown)}; known: {sorted(cls.__dataclass_fields__)}")
-        values = dict(fields)
-        for name in ("stops", "betas"):
-            if name in values:
-                values[name] = tuple(tuple(v) if isinstance(v, list) else v for v in values[name])
-        return cls(**values)
+        return cls(**fields)
 
 
 def _is_int(value: Any) -> bool:
@@ -102,13 +103,17 @@ def _check(c: InversionConfig) -> None:
     """Each field against its rule; the first that breaks one is named."""
     rules = {
         "iterations": (_is_int(c.iterations) and c.iterations >= 1, "must be an integer of at least 1"),
-        "preset": (c.preset in PRESETS, f"must be one of {sorted(PRESETS)}"),
+        "preset": (isinstance(c.preset, str) and c.preset in PRESETS, f"must be one of {sorted(PRESETS)}"),
         "seed": (_is_int(c.seed) and 0 <= c.seed < 2**63, "must be an integer in 0..2**63-1"),
         "lr": (_finite(c.lr) and c.lr > 0, "must be a positive number"),
         "lr_schedule": (c.lr_schedule in get_args(LRSchedule), f"must be one of {get_args(LRSchedule)}"),
-        "betas": (len(c.betas) == 2 and all(0 <= beta < 1 for beta in c.betas), "must be two numbers in [0, 1)"),
+        "betas": (
+            len(c.betas) == 2 and all(_finite(b) and 0 <= b < 1 for b in c.betas),
+            "must be two numbers in [0, 1)",
+        ),
         "eps": (_finite(c.eps) and c.eps > 0, "must be a positive number"),
         "jitter": (_finite(c.jitter) and 0 <= c.jitter <= 0.5, "must lie in 0..0.5, a share of the image's side"),
+        "flip": (isinstance(c.flip, bool), "must be True or False"),
         "tv_norm": (c.tv_norm in (None, *get_args(TVNorm)), f"must be one of {get_args(TVNorm)}"),
         "tv_weight": (c.tv_weight is None or _weight(c.tv_weight), "must be finite and at least 0"),
         "l2_weight": (_weight(c.l2_weight), "must be finite and at least 0"),
@@ -120,7 +125,7 @@ def _check(c: InversionConfig) -> None:
 
 
 def _finite(value: float) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _weight(value: float) -> bool:

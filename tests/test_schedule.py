@@ -104,11 +104,13 @@ def test_good_stops_pass() -> None:
 
 BAD_FIELDS: list[tuple[str, Any]] = [
     *[("iterations", value) for value in (0, -1, 10.0, True)],
-    *[("preset", value) for value in ("papers", "", None)],
+    *[("stops", value) for value in (5, ((5,),), ((5, None),), ((5, "a"),))],
+    *[("preset", value) for value in ("papers", "", None, [])],
     *[("seed", value) for value in (-1, 2**63, 0.0, False)],
-    *[("lr", value) for value in (0.0, -0.1, NAN, INF, "0.1")],
+    *[("lr", value) for value in (0.0, -0.1, NAN, INF, "0.1", True)],
     *[("lr_schedule", value) for value in ("linear", None)],
-    *[("betas", value) for value in ((0.5,), (0.5, 0.9, 0.9), (0.5, 1.0), (-0.1, 0.9), (NAN, 0.9))],
+    *[("betas", value) for value in ((0.5,), (0.5, 0.9, 0.9), (0.5, 1.0), (-0.1, 0.9), (NAN, 0.9), 0.5, ("a", 0.9))],
+    *[("flip", value) for value in ("no", 1, None)],
     *[("eps", value) for value in (0.0, -1e-8, NAN, INF)],
     *[("jitter", value) for value in (-0.1, 0.51, NAN, "0.1")],
     *[("tv_norm", value) for value in ("l2", "")],
