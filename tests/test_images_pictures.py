@@ -13,35 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from smi_fast.images import Process, Provenance, SparseImages, render
+from smi_fast.images import SparseImages, render
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.patch_mask import patch_mask
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NAMES = ("ant", "bee, wasp/hornet", "cat")
-
-
-def make_images(n: int = 5, grid: Grid | None = None, kept: int = 5, names: tuple[str, ...] | None = NAMES) -> Any:
-    grid = grid or Grid(16, 24, 4)
-    draw = torch.Generator().manual_seed(n + kept)
-    keep = [torch.randperm(grid.patches, generator=draw)[:kept].sort().values for _ in range(n)]
-    return SparseImages(
-        pixels=torch.randn(n, 3, grid.height, grid.width, generator=draw),
-        keep=torch.stack(keep),
-        labels=torch.arange(n) % 3,
-        image_ids=torch.arange(n) + 10,
-        confidence=torch.rand(n, generator=draw),
-        predicted=torch.arange(n) % 2,
-        failed_at=torch.where(torch.arange(n) == 1, 30, -1),
-        provenance=Provenance({}, "tiny", "ab" * 32, MEAN, STD, grid.patch, names, 7, {}),
-    )
-
-
-def make_process(images: SparseImages, steps: tuple[int, ...] = (0, 50, 4000)) -> Process:
-    draw = torch.Generator().manual_seed(0)
-    kept = torch.rand(len(steps), len(images), images.grid.patches, generator=draw) < 0.5
-    pixels = torch.randint(0, 256, (len(steps), *images.pixels.shape), generator=draw, dtype=torch.uint8)
-    return Process(steps, pixels, kept, images.labels, images.image_ids, images.grid.patch)
+from tests.fakes import NAMES, make_images, make_process
 
 
 def read_png(path: Path) -> Tensor:
