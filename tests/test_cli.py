@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import io
 import json
 import os
 import signal
@@ -11,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from smi_fast import SparseImages, load_model
 from smi_fast.cli import main
 from smi_fast.cli.invert import even_batch_size
 from smi_fast.cli.options import parse_device, parse_dtype, parse_stops
+from smi_fast.cli.progress import BarProgress
 from smi_fast.images import Process
+from smi_fast.schedule import plan_stages
 
 SMALL = ["--model", "demo", "--iterations", "6", "--stop", "2:0.3", "--stop", "4:0.3", "--impl", "eager", "--quiet"]
 
@@ -246,3 +250,27 @@ def test_nan_weights_in_a_checkpoint(tmp_path: Path, capsys: Any) -> None:
     save_file(weights, tmp_path / "nan.safetensors")
     run("invert", *SMALL, "--checkpoint", str(tmp_path / "nan.safetensors"), "--out", str(tmp_path / "o"), code=2)
     assert "head.weight" in capsys.readouterr().err
+
+
+def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smi_fast.cli.progress.LOG_SECONDS", -1)
+    written = io.StringIO()
+    stages = plan_stages(64, ((2, 0.5),), 4)
+    progress = BarProgress(Console(file=written, width=200), images=2, stages=stages, work=[2.0, 1.0])
+    progress.batch_started(0, 2)
+    progress.compiling(1, 2, 64)
+    progress.compiled(3.4)
+    progress.stage_started(0, stages[0])
+    for iteration in (1, 2):
+        progress.stepped(iteration, 1.5)
+    progress.stage_started(1, stages[1])
+    progress.stepped(3, None)
+    progress.image_failed(1, 2)
+    lines = written.getvalue().splitlines()
+    assert lines[0] == "compiling bucket 1 of 2 (64 patches)"
+    assert lines[1].strip() == "compiled in 3 s"
+    assert lines[2] == "images 1-2 of 2, stage 1 of 2 (64 patches)"
+    assert [line.split("%")[0].strip() for line in lines if "image-it/s" in line] == ["33", "67", "83"]
+    assert "loss 1.500" in lines[3]
+    assert "0:00 left" in lines[3]
+    assert "image 1: a step was not finite at iteration 2" in lines[-1]

@@ -1,46 +1,22 @@
 """The progress bar of ``smi-fast invert``."""
 
 import time
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
-from rich.text import Text
 
 from smi_fast.engine import Progress
 from smi_fast.schedule import Stage
 
-
-class RateColumn(TextColumn):
-    """Image-iterations a second, compilation left out."""
-
-    def __init__(self) -> None:
-        super().__init__("")
-
-    def render(self, task: Task) -> Text:
-        """The rate that the task carries."""
-        rate = task.fields.get("rate")
-        return Text("" if rate is None else f"{rate:,.0f} image-it/s")
-
-
-class RemainingColumn(TextColumn):
-    """Remaining time, from the FLOPs still to do at the rate of those done."""
-
-    def __init__(self) -> None:
-        super().__init__("")
-
-    def render(self, task: Task) -> Text:
-        """The estimate that the task carries."""
-        left = task.fields.get("left")
-        return Text("" if left is None else f"{int(left) // 60}:{int(left) % 60:02d} left")
+LOG_SECONDS = 60  # between two lines where there is no terminal
 
 
 class BarProgress(Progress):
     """Shows what the engine is doing, its loss, its speed and the time left.
 
     Args:
-        console: where to draw; where it is no terminal, a line is printed at each new stage instead.
+        console: where to draw; where it is no terminal, a line is printed at each new stage and once a minute.
         images: of the whole run.
         stages: of the schedule.
         work: relative cost of one iteration of each stage, for the estimate.
@@ -53,18 +29,19 @@ class BarProgress(Progress):
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[loss]}"),
-            RateColumn(),
+            TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
-            RemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=console,
             disable=not console.is_terminal,
         )
-        total = images * sum(stage.length * cost for stage, cost in zip(stages, work, strict=True))
-        self.task = self.bars.add_task("starting", total=total, loss="", rate=None, left=None)
-        self.total, self.done, self.seconds = total, 0.0, 0.0
-        self.batch_images, self.stage_index, self.images_done, self.batch_iterations = 0, 0, 0, 0
-        self.image_iterations, self.resumed, self.compiling_kept = 0, time.perf_counter(), 0
-        self.failures: list[tuple[int, int]] = []
+        self.total = images * sum(stage.length * cost for stage, cost in zip(stages, work, strict=True))
+        self.task = self.bars.add_task("starting", total=self.total, loss="", rate="", left="")
+        self.done = 0.0  # work, in the unit of ``work``
+        self.seconds, self.resumed = 0.0, time.perf_counter()  # running time so far, and since when it runs again
+        self.images_done, self.image_iterations = 0, 0
+        self.batch_images, self.stage_index = 0, 0
+        self.logged = time.perf_counter()
 
     def __enter__(self) -> "BarProgress":
         self.bars.start()
@@ -106,17 +83,20 @@ class BarProgress(Progress):
         self.done += self.batch_images * self.work[self.stage_index]
         self.image_iterations += self.batch_images
         seconds = self.seconds + time.perf_counter() - self.resumed
-        fields: dict[str, Any] = {
-            "rate": self.image_iterations / seconds,
-            "left": seconds / self.done * (self.total - self.done),
+        left = seconds / self.done * (self.total - self.done)
+        fields = {
+            "rate": f"{self.image_iterations / seconds:,.0f} image-it/s",
+            "left": f"{int(left) // 60}:{int(left) % 60:02d} left",
         }
         if loss is not None:
             fields["loss"] = f"loss {loss:.3f}"
-        self.bars.update(self.task, completed=self.done, **fields)
+        self.bars.update(self.task, completed=self.done, **fields)  # type: ignore[arg-type]  # fields are free
+        if not self.console.is_terminal and time.perf_counter() - self.logged > LOG_SECONDS:
+            self.logged = time.perf_counter()
+            self.console.print(f"{self.done / self.total:4.0%}  {'  '.join(fields.values())}", highlight=False)
 
     def image_failed(self, image_id: int, iteration: int) -> None:
         """Say it at once; the run goes on."""
-        self.failures.append((image_id, iteration))
         self.console.print(
             f"[yellow]image {image_id}: a step was not finite at iteration {iteration}; the image was stopped there"
         )
