@@ -1,12 +1,13 @@
 """The command line as a user meets it."""
 
+import contextlib
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,25 +184,43 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "invert" in printed
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "smi_fast", "invert", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@contextlib.contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """``smi-fast invert`` in a process of its own, gone at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "smi_fast", "invert", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run that a shell put in the background ignores SIGINT, and would hand that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def interrupt_at(process: subprocess.Popen[str], text: str) -> tuple[str, str]:
+    """Press Ctrl-C when stderr has come to ``text``; what it prints from there on."""
+    assert process.stderr is not None
+    assert any(text in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    return output, errors
 
 
 def test_interrupt_keeps_finished_batches(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start(
+    with started(
         *("--labels", "0", "--count", "1000", "--batch-size", "1", "--iterations", "30", "--dense"),
         *("--impl", "eager", "--out", str(out)),
-    )
-    assert process.stderr is not None
-    for line in process.stderr:  # third batch begun: the first is done and handed over
-        if "images 3-3 of 1000" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
+    ) as process:
+        # third batch begun: the first is done and handed over
+        output, errors = interrupt_at(process, "images 3-3 of 1000")
     assert "finished; they are kept" in errors
     images = SparseImages.load(out / "images.safetensors")
     assert 1 <= len(images) < 1000
@@ -212,13 +231,9 @@ def test_interrupt_keeps_finished_batches(tmp_path: Path) -> None:
 
 
 def test_interrupt_before_the_first_batch(tmp_path: Path) -> None:
-    process = start("--labels", "0", "--iterations", "100000", "--dense", "--impl", "eager", "--out", str(tmp_path))
-    assert process.stderr is not None
-    next(line for line in process.stderr if "stage 1" in line)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    endless = ("--labels", "0", "--iterations", "100000", "--dense", "--impl", "eager")
+    with started(*endless, "--out", str(tmp_path)) as process:
+        _, errors = interrupt_at(process, "stage 1")
     assert "0 of 1 images were finished" in errors
     assert not list(tmp_path.iterdir())
 
