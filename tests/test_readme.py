@@ -1,0 +1,61 @@
+"""What the README says holds: its table, its Python, its commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from benchmarks.table import README, with_table
+from smi_fast.cli import app
+from smi_fast.model import load_model
+
+TEXT = README.read_text()
+
+
+def test_the_speed_table_is_that_of_the_results() -> None:
+    assert with_table(TEXT) == TEXT, "stale: python -m benchmarks.table --write"
+
+
+def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    monkeypatch.chdir(tmp_path)
+    # the same words on a run of four iterations
+    short = code.replace("iterations=400", "iterations=4").replace(
+        "((50, 0.3), (100, 0.3), (200, 0.3), (300, 0.3))", "((1, 0.3), (2, 0.3))"
+    )
+    assert short.count("iterations=4,") == 1
+    exec(short, {})
+    assert (tmp_path / "images.safetensors").exists()
+
+
+def test_the_commands_exist() -> None:
+    import typer
+
+    group = typer.main.get_command(app)
+    commands = [line for line in TEXT.splitlines() if line.startswith("smi-fast ")]
+    assert len(commands) >= 5
+    for line in commands:
+        words = shlex.split(line, comments=True)
+        command = group.commands[words[1]]  # type: ignore[attr-defined]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, line
+
+
+def test_the_files_that_are_named_exist() -> None:
+    root = README.parent
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
+        assert (root / link).exists(), link
+    for name in re.findall(r"`((?:smi_fast|examples|benchmarks|kernels)/[\w/.]+)`", TEXT):
+        assert (root / name).exists(), name
+
+
+def test_the_card_of_the_teacher() -> None:
+    import json
+    from importlib import resources
+
+    card = json.loads(resources.files("smi_fast.model").joinpath("assets/demo.json").read_text())
+    weights = resources.files("smi_fast.model").joinpath("assets/demo.safetensors")
+    assert card["top1"] >= 0.82
+    assert len(weights.read_bytes()) < 8 * 2**20
+    assert tuple(card["class_names"]) == load_model("demo").info.class_names
