@@ -1,6 +1,6 @@
 """The README's speed table, made from the CSV that ``benchmarks.engine`` writes.
 
-    python -m benchmarks.table --write
+python -m benchmarks.table --write
 """
 
 import argparse
@@ -11,7 +11,12 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results" / "engine-cpu-deit_tiny_patch16_224-b8.csv"
 BEGIN, END = "<!-- speed table: python -m benchmarks.table --write -->\n", "<!-- end of speed table -->\n"
-NAMES = {"published": "published loop", "tuned": "tuned eager", "eager": "ours, eager", "compiled": "**ours, compiled**"}
+NAMES = {
+    "published": "published loop",
+    "tuned": "tuned eager",
+    "eager": "ours, eager",
+    "compiled": "**ours, compiled**",
+}
 
 
 def markdown(path: Path = RESULTS) -> str:

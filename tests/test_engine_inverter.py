@@ -51,7 +51,9 @@ def test_an_image_does_not_depend_on_its_batch(make_model: MakeModel) -> None:
 
 def test_a_short_last_batch_is_filled_up(make_model: MakeModel) -> None:
     model = make_model()
-    whole, cut = invert(model, [0, 1, 2, 3, 4], batch_size=5), invert(model, [0, 1, 2, 3, 4], batch_size=2)
+    whole, inverter = invert(model, [0, 1, 2, 3, 4], batch_size=5), Inverter(model, CONFIG, batch_size=2, impl="eager")
+    cut = inverter([0, 1, 2, 3, 4])
+    assert {bucket.batch for bucket in inverter._steps} == {2}
     assert len(cut) == 5
     assert cut.image_ids.tolist() == [0, 1, 2, 3, 4]
     assert_same(whole, cut, atol=1e-6)
@@ -205,7 +207,9 @@ def test_seed_and_id_make_the_image(make_model: MakeModel) -> None:
     again, other_id = invert(model, [1], image_ids=[9]), invert(model, [1], image_ids=[10])
     assert_same(invert(model, [1], image_ids=[9]), again)
     assert not torch.equal(again.pixels, other_id.pixels)
-    assert not torch.equal(start_canvas(1, [9], model.grid), start_canvas(2, [9], model.grid))
+    starts = [start_canvas(seed, [image_id], model.grid) for seed, image_id in ((1, 9), (2, 9), (1, 10))]
+    assert not torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
 
 
 def test_jitter_table(make_model: MakeModel) -> None:
