@@ -31,7 +31,7 @@ PRESETS: Mapping[str, PresetRules] = MappingProxyType(
     }
 )
 
-# Measured on the demo teacher, see "Prior weights" in CONTRIBUTING.md. "batch" is the published code's weight.
+# Measured on the demo teacher: the table is under "Prior weights" in CONTRIBUTING.md. "batch" is the published weight.
 TV_WEIGHTS: Mapping[str, float] = MappingProxyType({"pixel": 1e-4, "image": 1e-3, "batch": 1e-4})
 
 

@@ -246,9 +246,11 @@ def test_even_batch_size(images: int, limit: int, batch: int) -> None:
 
 
 def test_options() -> None:
-    assert parse_stops(["5:0.5", "9:0.25"], False) == ((5, 0.5), (9, 0.25))
-    assert parse_stops(None, True) == ()
-    assert len(parse_stops(None, False)) == 4
+    assert parse_stops(["5:0.5", "9:0.25"], False, 10) == ((5, 0.5), (9, 0.25))
+    assert parse_stops(None, True, 10) == ()
+    assert len(parse_stops(None, False, 301)) == 4
+    with pytest.raises(ValueError, match="--iterations 300: the default stops need more than 300"):
+        parse_stops(None, False, 300)
     cpu = parse_device("cpu")
     assert parse_dtype("auto", cpu) == torch.float32
     assert parse_dtype("auto", torch.device("cuda")) == parse_dtype("bf16", cpu) == torch.bfloat16

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from smi_fast.cli import options as o
-from smi_fast.cli.outputs import PREVIEW, prepare_folder, write_run
+from smi_fast.cli.outputs import PREVIEW, check_folder, make_folder, write_run
 from smi_fast.cli.progress import BarProgress
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Inverter, Snapshots
@@ -50,7 +50,7 @@ def invert(
     """Synthesise images of the given labels, and write them with previews and a report."""
     config = InversionConfig(
         iterations=iterations,
-        stops=o.parse_stops(stop, dense),
+        stops=o.parse_stops(stop, dense, iterations),
         preset=preset,  # type: ignore[arg-type]
         seed=seed,
         lr=lr,
@@ -63,6 +63,7 @@ def invert(
     )
     if count < 1:
         raise ValueError(f"--count {count}: must be at least 1")
+    check_folder(out, overwrite)
     where = o.parse_device(device)
     vit = load_model(
         model,
@@ -81,7 +82,7 @@ def invert(
         impl=impl,  # type: ignore[arg-type]
         snapshots=snapshots,
     )
-    prepare_folder(out, overwrite)
+    make_folder(out)
     console = Console(stderr=True, quiet=quiet)
     images, interrupted = run(inverter, targets, console)
     if images is None:

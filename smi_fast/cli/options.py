@@ -64,17 +64,23 @@ def parse_dtype(text: str, device: torch.device) -> torch.dtype:
     return DTYPES[text]
 
 
-def parse_stops(texts: list[str] | None, dense: bool) -> tuple[tuple[int, float], ...]:
+def parse_stops(texts: list[str] | None, dense: bool, iterations: int) -> tuple[tuple[int, float], ...]:
     """``["50:0.3"]`` to ``((50, 0.3),)``; without any, the paper's four stops.
 
     Raises:
-        ValueError: not of the form ITERATION:RATIO, or stops together with ``dense``.
+        ValueError: not of the form ITERATION:RATIO, stops together with ``dense``, or too few iterations for the
+            default stops.
     """
     if dense:
         if texts:
             raise ValueError("--dense and --stop exclude each other: --dense means no stop at all")
         return ()
     if not texts:
+        last = PAPER_STOPS[-1][0]
+        if iterations <= last:
+            raise ValueError(
+                f"--iterations {iterations}: the default stops need more than {last}; give --stop or --dense"
+            )
         return PAPER_STOPS
     stops = []
     for text in texts:

@@ -27,7 +27,7 @@ def plan(
     image_size: o.ImageSize = None,
 ) -> None:
     """Show the stages of a run, its FLOPs, and estimates of memory and time; nothing is inverted or downloaded."""
-    stops = o.parse_stops(stop, dense)
+    stops = o.parse_stops(stop, dense, iterations)
     check_stops(stops, iterations)
     if images < 1 or batch_size < 1:
         raise ValueError(f"--images {images}, --batch-size {batch_size}: both must be at least 1")
