@@ -127,7 +127,7 @@ def main() -> None:
     if args.init:
         model.load_state_dict({k: v.float() for k, v in load_file(args.init).items()})
     if args.device == "cpu":
-        for block in model.blocks:  # the CPU flash kernel's backward takes 0.4 of the step at 33 tokens
+        for block in model.blocks:  # with the CPU flash kernel a step took 1.15 s, without 0.71 s
             block.attn.fused_attn = False
     model.to(args.device).train()
     optimizers = build_optimizers(model, args.lr)

@@ -12,8 +12,8 @@ CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v``; all ``[B, H, N, d]``, the result too.
 
-    On a CPU the product is written out: at 33 to 65 tokens the flash kernel's backward alone took 0.4 of a training
-    step of the demo model on two Zen 4 cores (1.15 s with it, 0.71 s written out, torch 2.15).
+    On a CPU the product is written out: at 33 tokens a training step of the demo model took 1.15 s with the flash
+    kernel and 0.71 s without (two Zen 4 cores, torch 2.15); the kernel's backward is the slow part.
     """
     if query.is_cuda:
         with sdpa_kernel(CUDA_BACKENDS):
