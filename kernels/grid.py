@@ -80,7 +80,7 @@ def target_cells(keep: Tensor, shift: Tensor, flip: Tensor, grid: Grid) -> Tenso
 
 
 def slot_of_patch(keep: Tensor, patches: int) -> Tensor:
-    """The inverse of ``keep``: ``[B, L]`` int64, the position of each patch id in its row of ``keep``, or -1."""
-    slots = torch.full((keep.shape[0], patches), -1, dtype=torch.int64, device=keep.device)
-    positions = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    """The inverse of ``keep``: ``[B, L]`` int32, the position of each patch id in its row of ``keep``, or -1."""
+    slots = torch.full((keep.shape[0], patches), -1, dtype=torch.int32, device=keep.device)
+    positions = torch.arange(keep.shape[1], dtype=torch.int32, device=keep.device).expand_as(keep)
     return slots.scatter(1, keep, positions)

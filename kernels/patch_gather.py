@@ -9,7 +9,10 @@ with ``(r, c)`` the grid cell of ``keep[b, k]``, ``(ry, rx)`` the remainder of t
 disjoint, so each pixel is covered by at most one of them, and the transpose is a gather as well: no atomics, and
 gradient that falls on a stopped pixel is never written.
 
-Bytes: gather reads and ungather writes each kept pixel once; ``4 + s`` bytes a value for a compute dtype of ``s``.
+Bytes: gather reads each kept pixel once and writes it once, ``4 + s`` bytes a value for a compute dtype of ``s``
+bytes; ungather the same the other way. That is the least that can be; windows are displaced, so reads of the canvas
+are coalesced but not 16 bytes wide, writes of the windows are. In the engine's step on CUDA no ungather runs of its
+own: ``adam_update`` reads the windows' gradient where it needs it.
 
 Both are custom ops, so that a compiler leaves them whole. On two Zen 4 cores (8 images of 224 px, 46 patches of 16)
 inductor's own code for the gather took 7.9 ms, since it works out every 64-bit index, divisions included, at every
@@ -21,7 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smi_fast.kernels.check import BOOL, EXACT, FLOATS, IDS, check
+from smi_fast.kernels.configs import pinned
+from smi_fast.kernels.dispatch import Impl, choose, tl, triton
 from smi_fast.kernels.grid import Grid, slot_of_patch, split_shift
+from smi_fast.kernels.launch import Config, Launch
 
 
 def patch_gather_reference(
@@ -45,7 +52,7 @@ def patch_gather_reference(
 
 
 def patch_ungather_reference(
-    gradient: Tensor, keep: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, grid: Grid
+    gradient: Tensor, slots: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, grid: Grid
 ) -> Tensor:
     """Plain torch; shapes as in `patch_ungather`."""
     batch, patch = gradient.shape[0], grid.patch
@@ -55,8 +62,7 @@ def patch_ungather_reference(
     x = (updated % grid.columns * patch + remainder[:, 1:])[:, :, None] + steps
     y, x = y % grid.height, x % grid.width
     window = (y // patch * grid.columns)[..., :, None] + (x // patch)[..., None, :]  # [B, A, P, P]
-    slots = slot_of_patch(keep, grid.patches)
-    slot = slots.gather(1, window.reshape(batch, -1)).reshape(window.shape)
+    slot = slots.gather(1, window.reshape(batch, -1)).reshape(window.shape).long()
     column = torch.where(flip[:, None, None], patch - 1 - x % patch, x % patch)
     offset = (y % patch * patch)[..., :, None] + column[..., None, :]
     source = slot.clamp(min=0) * (3 * patch * patch) + offset
@@ -65,30 +71,164 @@ def patch_ungather_reference(
     return torch.where(slot[:, :, None] >= 0, values.to(torch.promote_types(values.dtype, torch.float32)), 0.0)
 
 
+@triton.jit
+def wrapped(position, SIDE: tl.constexpr):
+    """A position in ``[-SIDE, 2 * SIDE)`` on a circle of ``SIDE``."""
+    position = tl.where(position < 0, position + SIDE, position)
+    return tl.where(position >= SIDE, position - SIDE, position)
+
+
+@triton.jit
+def shift_remainder(shift, P: tl.constexpr):
+    """The part of a shift that is no whole patch, in ``[-P/2, P/2)``; right for either sign of ``%``."""
+    positive = ((shift % P) + P) % P
+    return tl.where(2 * positive >= P, positive - P, positive).to(tl.int32)
+
+
+@triton.jit
+def covering_offset(y, x, slots, ry, rx, flip, inside, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr):
+    """Where the window gradients of an image hold pixel ``(y, x)``, channel 0; negative if no kept window covers it."""
+    y, x = wrapped(y + ry, HEIGHT), wrapped(x + rx, WIDTH)
+    slot = tl.load(slots + (y // P) * (WIDTH // P) + x // P, mask=inside, other=-1)
+    column = tl.where(flip, P - 1 - x % P, x % P)
+    return tl.where(slot >= 0, slot * (3 * P * P) + (y % P) * P + column, -1)
+
+
+@triton.jit(do_not_specialize=["kept"])
+def gather_kernel(
+    canvas,  # [B, 3, H, W]
+    keep,  # [B, K] int64
+    shift,  # [B, 2] int64
+    flip,  # [B] bool
+    windows,  # [B, K, 3, P, P]
+    kept,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of the image's windows, a channel at a time
+    inside = pixel < kept * (P * P)
+    slot = pixel // (P * P)
+    ry = shift_remainder(tl.load(shift + 2 * image), P)
+    rx = shift_remainder(tl.load(shift + 2 * image + 1), P)
+    flipped = tl.load(flip + image) != 0
+
+    patch = tl.load(keep + image * kept + slot, mask=inside, other=0).to(tl.int32)
+    column = tl.where(flipped, P - 1 - pixel % P, pixel % P)
+    y = wrapped(patch // (WIDTH // P) * P + pixel % (P * P) // P - ry, HEIGHT)
+    x = wrapped(patch % (WIDTH // P) * P + column - rx, WIDTH)
+    source = canvas + image * (3 * HEIGHT * WIDTH) + y * WIDTH + x
+    target = windows + image * kept * (3 * P * P) + slot * (2 * P * P) + pixel
+    for channel in tl.static_range(3):
+        value = tl.load(source + channel * (HEIGHT * WIDTH), mask=inside)
+        tl.store(target + channel * (P * P), value.to(windows.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["kept", "count"])
+def ungather_kernel(
+    gradient,  # [B, K, 3, P, P]
+    slots,  # [B, L] int32
+    updated,  # [B, A] int64
+    shift,  # [B, 2] int64
+    flip,  # [B] bool
+    patches,  # [B, A, 3, P, P]
+    kept,
+    count,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of the updated patches, a channel at a time
+    inside = pixel < count * (P * P)
+    entry = pixel // (P * P)
+    ry = shift_remainder(tl.load(shift + 2 * image), P)
+    rx = shift_remainder(tl.load(shift + 2 * image + 1), P)
+    flipped = tl.load(flip + image) != 0
+
+    patch = tl.load(updated + image * count + entry, mask=inside, other=0).to(tl.int32)
+    y = patch // (WIDTH // P) * P + pixel % (P * P) // P
+    x = patch % (WIDTH // P) * P + pixel % P
+    row = slots + image * (HEIGHT // P * (WIDTH // P))
+    offset = covering_offset(y, x, row, ry, rx, flipped, inside, HEIGHT, WIDTH, P)
+    source = gradient + image * kept * (3 * P * P) + offset
+    target = patches + image * count * (3 * P * P) + entry * (2 * P * P) + pixel
+    for channel in tl.static_range(3):
+        value = tl.load(source + channel * (P * P), mask=inside & (offset >= 0), other=0.0)
+        tl.store(target + channel * (P * P), value.to(tl.float32), mask=inside)
+
+
+def gather_launch(
+    canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, windows: Tensor, patch: int, config: Config | None = None
+) -> Launch:
+    """Launch of the gather into ``windows``, ``[B, K, 3 * P * P]``."""
+    batch, kept = keep.shape
+    config = config or pinned("patch_gather", patch)
+    return Launch(
+        gather_kernel,
+        (triton.cdiv(kept * patch * patch, config.block), batch),
+        {"canvas": canvas, "keep": keep, "shift": shift, "flip": flip, "windows": windows, "kept": kept},
+        {"HEIGHT": canvas.shape[2], "WIDTH": canvas.shape[3], "P": patch, "BLOCK": config.block},
+        config.warps,
+    )
+
+
+def ungather_launch(
+    gradient: Tensor,
+    place: tuple[Tensor, Tensor, Tensor, Tensor],
+    patches: Tensor,
+    grid: Grid,
+    config: Config | None = None,
+) -> Launch:
+    """Launch of the ungather into ``patches``, ``[B, A, 3, P, P]``; ``place``: slots, updated, shift, flip."""
+    slots, updated, shift, flip = place
+    batch, count = updated.shape
+    config = config or pinned("patch_ungather", grid.patch)
+    tensors = {"gradient": gradient, "slots": slots, "updated": updated, "shift": shift, "flip": flip}
+    return Launch(
+        ungather_kernel,
+        (triton.cdiv(count * grid.patch**2, config.block), batch),
+        {**tensors, "patches": patches, "kept": gradient.shape[1], "count": count},
+        {"HEIGHT": grid.height, "WIDTH": grid.width, "P": grid.patch, "BLOCK": config.block},
+        config.warps,
+    )
+
+
 @torch.library.custom_op("smi_fast::patch_gather", mutates_args=())
-def _gather(canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    return patch_gather_reference(canvas, keep, shift, flip, patch, dtype)
+def _gather(
+    canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patch: int, dtype: torch.dtype, impl: str
+) -> Tensor:
+    if impl == "torch":
+        return patch_gather_reference(canvas, keep, shift, flip, patch, dtype)
+    windows = canvas.new_empty(*keep.shape, 3 * patch * patch, dtype=dtype)
+    places = (keep.contiguous(), shift.contiguous(), flip.contiguous())
+    gather_launch(canvas.contiguous(), *places, windows, patch).run()
+    return windows
 
 
 @_gather.register_fake
-def _(canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
+def _(canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patch: int, dtype: torch.dtype, impl: str) -> Tensor:
     return canvas.new_empty(*keep.shape, 3 * patch * patch, dtype=dtype)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    canvas, keep, shift, flip, patch, _ = inputs
+    canvas, keep, shift, flip, patch, _, impl = inputs
     ctx.save_for_backward(keep, shift, flip)
-    ctx.grid, ctx.dtype = Grid(canvas.shape[2], canvas.shape[3], patch), canvas.dtype
+    ctx.grid, ctx.dtype, ctx.impl = Grid(canvas.shape[2], canvas.shape[3], patch), canvas.dtype, impl
 
 
-def _gather_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+def _gather_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
     keep, shift, flip = ctx.saved_tensors
     grid: Grid = ctx.grid
     everything = torch.arange(grid.patches, device=keep.device).repeat(len(keep), 1)
-    patches = patch_ungather(gradient, keep, everything, shift, flip, grid)
+    slots = slot_of_patch(keep, grid.patches)
+    patches = patch_ungather(gradient, slots, everything, shift, flip, grid, impl=ctx.impl)
     patches = patches.unflatten(1, (grid.rows, grid.columns)).permute(0, 3, 1, 4, 2, 5)
     canvas = patches.reshape(len(keep), 3, grid.height, grid.width).to(ctx.dtype)
-    return canvas, None, None, None, None, None
+    return canvas, None, None, None, None, None, None
 
 
 _gather.register_autograd(_gather_backward, setup_context=_save_for_backward)
@@ -96,53 +236,104 @@ _gather.register_autograd(_gather_backward, setup_context=_save_for_backward)
 
 @torch.library.custom_op("smi_fast::patch_ungather", mutates_args=())
 def _ungather(
-    gradient: Tensor, keep: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, height: int, width: int, patch: int
+    gradient: Tensor, slots: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, side: list[int], impl: str
 ) -> Tensor:
-    return patch_ungather_reference(gradient, keep, updated, shift, flip, Grid(height, width, patch))
+    grid = Grid(*side)
+    if impl == "torch":
+        return patch_ungather_reference(gradient, slots, updated, shift, flip, grid)
+    patches = gradient.new_empty(*updated.shape, 3, grid.patch, grid.patch, dtype=torch.float32)
+    place = (slots.contiguous(), updated.contiguous(), shift.contiguous(), flip.contiguous())
+    ungather_launch(gradient.contiguous(), place, patches, grid).run()
+    return patches
 
 
 @_ungather.register_fake
 def _(
-    gradient: Tensor, keep: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, height: int, width: int, patch: int
+    gradient: Tensor, slots: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, side: list[int], impl: str
 ) -> Tensor:
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    return gradient.new_empty(*updated.shape, 3, patch, patch, dtype=dtype)
+    return gradient.new_empty(*updated.shape, 3, side[2], side[2], dtype=dtype)
 
 
-def patch_gather(canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
+def patch_gather(
+    canvas: Tensor,
+    keep: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    patch: int,
+    dtype: torch.dtype,
+    *,
+    impl: Impl | None = None,
+) -> Tensor:
     """Gather the kept windows of a canvas, jittered and flipped.
 
     Args:
-        canvas: ``[B, 3, H, W]`` float32 (or float64), normalised colours.
-        keep: ``[B, K]`` int64 patch ids, ascending in each row.
+        canvas: ``[B, 3, H, W]`` float32 (or float64, plain torch only), normalised colours.
+        keep: ``[B, K]`` int64 patch ids, ascending in each row (not looked at here: see `check_ids`).
         shift: ``[B, 2]`` int64, ``(dy, dx)`` in pixels, any sign and size.
         flip: ``[B]`` bool.
         patch: ``P``, pixels.
         dtype: of the result.
+        impl: see ``dispatch.py``.
 
     Returns:
         ``[B, K, 3 * P * P]``, ordered channel, row, column, as a patch embedding's convolution weight is;
         differentiable in ``canvas``.
 
     Raises:
-        ValueError: ``H`` or ``W`` is not a multiple of ``patch``.
+        ValueError: ``H`` or ``W`` is not a multiple of ``patch``; a shape, dtype, device or ``impl`` that does not fit.
     """
-    Grid(canvas.shape[2], canvas.shape[3], patch)  # refuses sides that do not fit
-    windows: Tensor = _gather(canvas, keep, shift, flip, patch, dtype)
+    expected = {
+        "canvas": (canvas, "B 3 H W", EXACT),
+        "keep": (keep, "B K", IDS),
+        "shift": (shift, "B 2", IDS),
+        "flip": (flip, "B", BOOL),
+    }
+    sizes = check("patch_gather", expected)
+    Grid(sizes["H"], sizes["W"], patch)  # refuses sides that do not fit
+    if dtype not in FLOATS:
+        raise ValueError(f"patch_gather: dtype={dtype}: must be float64, float32, bfloat16 or float16")
+    double = torch.float64 in (canvas.dtype, dtype)
+    chosen = choose("patch_gather", impl, canvas, "float64 has no kernel" if double else None)
+    windows: Tensor = _gather(canvas, keep, shift, flip, patch, dtype, chosen)
     return windows
 
 
-def patch_ungather(gradient: Tensor, keep: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, grid: Grid) -> Tensor:
+def patch_ungather(
+    gradient: Tensor,
+    slots: Tensor,
+    updated: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    grid: Grid,
+    *,
+    impl: Impl | None = None,
+) -> Tensor:
     """Bring the gradient of the windows back to the pixels of the updated patches.
 
     Args:
         gradient: ``[B, K, 3 * P * P]``, of the windows that ``patch_gather`` gave for the same keep, shift and flip.
-        keep: ``[B, K]`` int64.
-        updated: ``[B, A]`` int64 patch ids whose pixels are updated: ``keep`` itself where stopping is real.
+        slots: ``[B, L]`` int32, `slot_of_patch` of the kept ids.
+        updated: ``[B, A]`` int64 patch ids whose pixels are updated: the kept ones where stopping is real.
         shift, flip: as in `patch_gather`.
+        impl: see ``dispatch.py``.
 
     Returns:
         ``[B, A, 3, P, P]`` float32 (float64 for a float64 gradient).
+
+    Raises:
+        ValueError: a shape, dtype, device or ``impl`` that does not fit.
     """
-    patches: Tensor = _ungather(gradient, keep, updated, shift, flip, grid.height, grid.width, grid.patch)
+    expected = {
+        "gradient": (gradient, "B K N", FLOATS),
+        "slots": (slots, "B L", (torch.int32,)),
+        "updated": (updated, "B A", IDS),
+        "shift": (shift, "B 2", IDS),
+        "flip": (flip, "B", BOOL),
+    }
+    check("patch_ungather", expected, N=grid.patch_values, L=grid.patches)
+    double = "float64 has no kernel" if gradient.dtype == torch.float64 else None
+    chosen = choose("patch_ungather", impl, gradient, double)
+    side = [grid.height, grid.width, grid.patch]
+    patches: Tensor = _ungather(gradient, slots, updated, shift, flip, side, chosen)
     return patches

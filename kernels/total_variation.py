@@ -12,15 +12,21 @@ no wrap-around. The gradient at an updated pixel is that of the plain total vari
 that count. Under ``batch`` an image's value is its share, ``sum_d S_bd / sqrt(sum_b S_bd)``, so that the values of the
 images add up to the norm. Where a norm is 0 its gradient is taken as 0.
 
-Bytes: reads each updated pixel and a one-pixel halo once, writes each gradient once.
+Bytes: reads each updated pixel and a one-pixel halo once (the eight neighbours of a pixel come out of the cache),
+writes each gradient once: 8 bytes a value in float32. ``image`` and ``batch`` read the pixels once more beforehand, for
+the sums. In the engine's step on CUDA the gradient is taken inside ``adam_update``, and is never written.
 """
 
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
+from smi_fast.kernels.check import EXACT, IDS, check
+from smi_fast.kernels.configs import pinned
+from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
 from smi_fast.kernels.grid import Grid, slot_of_patch
+from smi_fast.kernels.launch import Arguments, Config, Launch
 
 TVNorm = Literal["pixel", "image", "batch"]
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
@@ -91,15 +97,186 @@ def total_variation_reference(canvas: Tensor, updated: Tensor, grid: Grid, norm:
     return value, gradient
 
 
-def total_variation(canvas: Tensor, updated: Tensor, grid: Grid, norm: TVNorm) -> tuple[Tensor, Tensor]:
+@triton.jit
+def difference(image, y, x, x0, x1, x2, inside, DY: tl.constexpr, DX: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
+    """A pixel less its neighbour at ``(DY, DX)``, by channel, and the squared length; 0 where there is none."""
+    there = inside & (y + DY >= 0) & (y + DY < H) & (x + DX >= 0) & (x + DX < W)
+    at = image + (y + DY) * W + x + DX
+    d0 = tl.where(there, x0 - tl.load(at, mask=there, other=0.0), 0.0)
+    d1 = tl.where(there, x1 - tl.load(at + H * W, mask=there, other=0.0), 0.0)
+    d2 = tl.where(there, x2 - tl.load(at + 2 * H * W, mask=there, other=0.0), 0.0)
+    return d0, d1, d2, d0 * d0 + d1 * d1 + d2 * d2
+
+
+@triton.jit
+def moves(moving, y, x, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    """Is the pixel in the image and in an updated patch? ``moving``: the image's row of slots."""
+    there = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    return tl.load(moving + (y // P) * (W // P) + x // P, mask=there, other=-1) >= 0
+
+
+@triton.jit
+def pair_terms(
+    image, moving, inverse, y, x, x0, x1, x2, inside,
+    DY: tl.constexpr, DX: tl.constexpr, DIRECTION: tl.constexpr, PIXEL: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Gradient (3 channels) and value of the two pairs of a direction that a pixel is part of.
+
+    The value is a length under ``pixel`` and a square under the other norms. A pair is counted at its first end; at
+    its second only where the first is stopped.
+    """
+    a0, a1, a2, ahead = difference(image, y, x, x0, x1, x2, inside, DY, DX, H, W)
+    b0, b1, b2, behind = difference(image, y, x, x0, x1, x2, inside, -DY, -DX, H, W)
+    alone = inside & (moves(moving, y - DY, x - DX, H, W, P) == 0)
+    if PIXEL:
+        over_ahead = tl.where(ahead > 0, tl.rsqrt(ahead), 0.0)
+        over_behind = tl.where(behind > 0, tl.rsqrt(behind), 0.0)
+        value = ahead * over_ahead + tl.where(alone, behind * over_behind, 0.0)
+    else:
+        over_ahead = tl.load(inverse + DIRECTION)
+        over_behind = over_ahead
+        value = ahead + tl.where(alone, behind, 0.0)
+    g0 = a0 * over_ahead + b0 * over_behind
+    g1 = a1 * over_ahead + b1 * over_behind
+    g2 = a2 * over_ahead + b2 * over_behind
+    return g0, g1, g2, value
+
+
+@triton.jit
+def tv_terms(
+    image, moving, inverse, y, x, x0, x1, x2, inside,
+    PIXEL: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Gradient at each pixel (3 channels) and its four values, one a direction, in the order of ``DIRECTIONS``."""
+    g0, g1, g2, v0 = pair_terms(image, moving, inverse, y, x, x0, x1, x2, inside, 0, 1, 0, PIXEL, H, W, P)
+    h0, h1, h2, v1 = pair_terms(image, moving, inverse, y, x, x0, x1, x2, inside, 1, 0, 1, PIXEL, H, W, P)
+    i0, i1, i2, v2 = pair_terms(image, moving, inverse, y, x, x0, x1, x2, inside, 1, 1, 2, PIXEL, H, W, P)
+    j0, j1, j2, v3 = pair_terms(image, moving, inverse, y, x, x0, x1, x2, inside, 1, -1, 3, PIXEL, H, W, P)
+    return g0 + h0 + i0 + j0, g1 + h1 + i1 + j1, g2 + h2 + i2 + j2, v0, v1, v2, v3
+
+
+@triton.jit(do_not_specialize=["count"])
+def tv_kernel(
+    canvas,  # [B, 3, H, W]
+    updated,  # [B, A] int64
+    moving,  # [B, L] int32
+    inverse,  # [B, 4]: 1 / length of each direction, not read under PIXEL or SUMS
+    values,  # [B, blocks, 4]
+    gradient,  # [B, A, 3, P, P], not written under SUMS
+    count,
+    SUMS: tl.constexpr,  # squares alone, for the norms
+    PIXEL: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < count * (P * P)
+    entry = pixel // (P * P)
+    patch = tl.load(updated + image * count + entry, mask=inside, other=0).to(tl.int32)
+    y = patch // (WIDTH // P) * P + pixel % (P * P) // P
+    x = patch % (WIDTH // P) * P + pixel % P
+    pixels = canvas + image * (3 * HEIGHT * WIDTH)
+    at = pixels + y * WIDTH + x
+    x0 = tl.load(at, mask=inside, other=0.0)
+    x1 = tl.load(at + HEIGHT * WIDTH, mask=inside, other=0.0)
+    x2 = tl.load(at + 2 * HEIGHT * WIDTH, mask=inside, other=0.0)
+    g0, g1, g2, v0, v1, v2, v3 = tv_terms(
+        pixels, moving + image * (HEIGHT // P * (WIDTH // P)), inverse + 4 * image,
+        y, x, x0, x1, x2, inside, PIXEL, HEIGHT, WIDTH, P,
+    )  # fmt: skip
+    total = values + (image * tl.num_programs(0) + tl.program_id(0)) * 4
+    tl.store(total, tl.sum(v0, 0))
+    tl.store(total + 1, tl.sum(v1, 0))
+    tl.store(total + 2, tl.sum(v2, 0))
+    tl.store(total + 3, tl.sum(v3, 0))
+    if not SUMS:
+        target = gradient + image * count * (3 * P * P) + entry * (2 * P * P) + pixel
+        tl.store(target, g0, mask=inside)
+        tl.store(target + P * P, g1, mask=inside)
+        tl.store(target + 2 * P * P, g2, mask=inside)
+
+
+def tv_launch(
+    tensors: dict[str, Tensor], grid: Grid, pixel: bool, sums: bool = False, config: Config | None = None
+) -> tuple[Launch, Tensor]:
+    """Launch of `tv_kernel`, and the ``values`` it fills; ``tensors``: its other tensors, by argument name."""
+    batch, count = tensors["updated"].shape
+    config = config or pinned("total_variation", grid.patch)
+    blocks = triton.cdiv(count * grid.patch**2, config.block)
+    values = tensors["canvas"].new_empty(batch, blocks, 4)
+    sides = {"HEIGHT": grid.height, "WIDTH": grid.width, "P": grid.patch, "BLOCK": config.block}
+    arguments: Arguments = {**tensors, "values": values, "count": count}
+    launch = Launch(tv_kernel, (blocks, batch), arguments, {"SUMS": sums, "PIXEL": pixel, **sides}, config.warps)
+    return launch, values
+
+
+def inverse_lengths(canvas: Tensor, updated: Tensor, moving: Tensor, grid: Grid, norm: TVNorm) -> tuple[Tensor, Tensor]:
+    """For ``image`` and ``batch``, by a pass over the squares: value ``[B]``, ``[B, 4]`` inverses."""
+    tensors = {"canvas": canvas, "updated": updated, "moving": moving, "inverse": canvas, "gradient": canvas}
+    launch, squares = tv_launch(tensors, grid, pixel=False, sums=True)
+    launch.run()
+    total = squares.sum(1)  # [B, 4]
+    length = (total.sum(0, keepdim=True).expand_as(total) if norm == "batch" else total).sqrt()
+    inverse = torch.where(length > 0, 1 / length, 0.0)
+    return (total * inverse).sum(1), inverse
+
+
+@torch.library.custom_op("smi_fast::total_variation", mutates_args=())
+def _tv_op(canvas: Tensor, updated: Tensor, patch: int, norm: str) -> tuple[Tensor, Tensor]:
+    """The kernels; on a machine without, the reference."""
+    grid = Grid(canvas.shape[2], canvas.shape[3], patch)
+    named = cast(TVNorm, norm)
+    if why_not_triton(canvas):
+        return total_variation_reference(canvas, updated, grid, named)
+    canvas, updated = canvas.contiguous(), updated.contiguous()
+    moving = slot_of_patch(updated, grid.patches)
+    gradient = canvas.new_empty(*updated.shape, 3, patch, patch)
+    value, inverse = None, canvas
+    if named != "pixel":
+        value, inverse = inverse_lengths(canvas, updated, moving, grid, named)
+    tensors = {"canvas": canvas, "updated": updated, "moving": moving, "inverse": inverse, "gradient": gradient}
+    launch, lengths = tv_launch(tensors, grid, pixel=named == "pixel")
+    launch.run()
+    return (lengths.sum((1, 2)) if value is None else value), gradient
+
+
+@_tv_op.register_fake
+def _(canvas: Tensor, updated: Tensor, patch: int, norm: str) -> tuple[Tensor, Tensor]:
+    return canvas.new_empty(canvas.shape[0]), canvas.new_empty(*updated.shape, 3, patch, patch)
+
+
+def total_variation(
+    canvas: Tensor, updated: Tensor, grid: Grid, norm: TVNorm, *, impl: Impl | None = None
+) -> tuple[Tensor, Tensor]:
     """Total variation of the updated patches and its gradient.
 
     Args:
-        canvas: ``[B, 3, H, W]`` float32 (or float64).
+        canvas: ``[B, 3, H, W]`` float32 (or float64, plain torch only).
         updated: ``[B, A]`` int64 patch ids, ascending in each row.
         norm: ``"pixel"``, ``"image"`` or ``"batch"``.
+        impl: see ``dispatch.py``.
 
     Returns:
         value: ``[B]``; gradient: ``[B, A, 3, P, P]``, of the sum of the values; both in the canvas's dtype.
+
+    Raises:
+        ValueError: an unknown norm; a shape, dtype, device or ``impl`` that does not fit.
     """
-    return total_variation_reference(canvas, updated, grid, norm)
+    check_norm("total_variation", norm)
+    expected = {"canvas": (canvas, "B 3 H W", EXACT), "updated": (updated, "B A", IDS)}
+    check("total_variation", expected, H=grid.height, W=grid.width)
+    double = "float64 has no kernel" if canvas.dtype == torch.float64 else None
+    if choose("total_variation", impl, canvas, double) == "torch":
+        return total_variation_reference(canvas, updated, grid, norm)
+    value, gradient = _tv_op(canvas, updated, grid.patch, norm)
+    return value, gradient
+
+
+def check_norm(op: str, norm: str) -> None:
+    """Raises ``ValueError`` where there is no such norm."""
+    if norm not in get_args(TVNorm):
+        raise ValueError(f"{op}: norm={norm!r}: must be 'pixel', 'image' or 'batch'")

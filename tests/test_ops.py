@@ -8,11 +8,12 @@ from torch.library import opcheck
 from smi_fast.kernels import patch_gather as gather_module
 from smi_fast.kernels import patch_mask as mask_module
 from smi_fast.kernels import total_variation as tv_module
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.grid import Grid, slot_of_patch
 from smi_fast.kernels.patch_gather import patch_gather, patch_ungather
 
 GRID = Grid(8, 12, 4)
 KEEP = torch.tensor([[0, 3, 5], [1, 2, 4]])
+SLOTS = slot_of_patch(KEEP, 6)
 SHIFT = torch.tensor([[3, -2], [-5, 7]])
 FLIP = torch.tensor([True, False])
 
@@ -24,13 +25,15 @@ def canvas(dtype: torch.dtype = torch.float64) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype) -> None:
     pixels = canvas(torch.float64 if dtype == torch.float64 else torch.float32)
-    opcheck(gather_module._gather, (pixels.requires_grad_(), KEEP, SHIFT, FLIP, 4, dtype))
+    opcheck(gather_module._gather, (pixels.requires_grad_(), KEEP, SHIFT, FLIP, 4, dtype, "torch"))
     pixels = pixels.detach()
     windows = patch_gather(pixels, KEEP, SHIFT, FLIP, 4, dtype)
-    opcheck(gather_module._ungather, (windows, KEEP, KEEP, SHIFT, FLIP, 8, 12, 4))
+    opcheck(gather_module._ungather, (windows, SLOTS, KEEP, SHIFT, FLIP, [8, 12, 4], "torch"))
     opcheck(mask_module._take, (pixels, KEEP, 4))
     opcheck(mask_module._put, (pixels, KEEP, torch.randn(2, 3, 3, 4, 4, dtype=pixels.dtype)))
     opcheck(tv_module._halo_op, (pixels, KEEP, 4))
+    for norm in ("pixel", "image", "batch"):
+        opcheck(tv_module._tv_op, (pixels, KEEP, 4, norm))
 
 
 def test_gradcheck() -> None:
@@ -41,7 +44,7 @@ def test_gradcheck() -> None:
 def test_full_graph() -> None:
     def there_and_back(pixels: Tensor) -> Tensor:
         windows = patch_gather(pixels, KEEP, SHIFT, FLIP, 4, torch.float32)
-        return patch_ungather(windows * 2, KEEP, KEEP, SHIFT, FLIP, GRID)
+        return patch_ungather(windows * 2, SLOTS, KEEP, SHIFT, FLIP, GRID)
 
     pixels = canvas(torch.float32)
     compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")

@@ -128,7 +128,7 @@ def test_ungather_is_the_gradient_of_gather(case: Case, seed: int) -> None:
     everything = torch.arange(grid.patches).expand(batch, -1)
     more = 1 + seed % grid.patches  # patches that are updated, kept or not
     for updated in (case.keep, everything, subsets(grid.patches, batch, more, seed)):
-        found = patch_ungather(cotangent, case.keep, updated, case.shift, case.flip, grid)
+        found = patch_ungather(cotangent, slot_of_patch(case.keep, grid.patches), updated, case.shift, case.flip, grid)
         assert found.dtype == torch.float64
         assert found.shape == (batch, updated.shape[1], 3, grid.patch, grid.patch)
         for b, row in enumerate(updated.tolist()):
@@ -140,8 +140,9 @@ def test_a_stopped_neighbour_gets_and_gives_nothing() -> None:
     # one kept patch, displaced by one pixel: a row of its window lies on a stopped patch
     keep, shift, flip, grid = torch.tensor([[0]]), torch.tensor([[-1, 0]]), torch.tensor([False]), Grid(8, 4, 4)
     ones = torch.ones(1, 1, grid.patch_values)
-    own = patch_ungather(ones, keep, keep, shift, flip, grid)
-    below = patch_ungather(ones, keep, torch.tensor([[1]]), shift, flip, grid)
+    slots = slot_of_patch(keep, grid.patches)
+    own = patch_ungather(ones, slots, keep, shift, flip, grid)
+    below = patch_ungather(ones, slots, torch.tensor([[1]]), shift, flip, grid)
     assert own[0, 0, 0].sum(1).tolist() == [0, 4, 4, 4]
     assert below[0, 0, 0].sum(1).tolist() == [4, 0, 0, 0]
 
@@ -155,9 +156,10 @@ def test_dtypes(dtype: torch.dtype) -> None:
     low = patch_gather(canvas, keep, shift, flip, 3, dtype)
     assert low.dtype == dtype
     assert torch.equal(low, exact.to(dtype))
-    back = patch_ungather(low, keep, keep, shift, flip, grid)
+    slots = slot_of_patch(keep, grid.patches)
+    back = patch_ungather(low, slots, keep, shift, flip, grid)
     assert back.dtype == torch.float32
-    assert torch.equal(back, patch_ungather(low.float(), keep, keep, shift, flip, grid))
+    assert torch.equal(back, patch_ungather(low.float(), slots, keep, shift, flip, grid))
 
 
 def test_slot_of_patch() -> None:

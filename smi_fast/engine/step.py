@@ -13,7 +13,7 @@ from torch import Tensor
 from smi_fast.config import InversionConfig
 from smi_fast.engine.state import State
 from smi_fast.kernels.adam_update import AdamConstants, adam_update
-from smi_fast.kernels.grid import target_cells
+from smi_fast.kernels.grid import slot_of_patch, target_cells
 from smi_fast.kernels.patch_gather import patch_gather, patch_ungather
 from smi_fast.kernels.patch_mask import put_patches, take_patches
 from smi_fast.model.sparse_vit import SparseViT
@@ -43,7 +43,8 @@ def build_step(model: SparseViT, config: InversionConfig, priors: Sequence[Prior
         cells = target_cells(state.keep, shift, flip, grid)
 
         losses, scores, of_windows, of_patches = _gradients(model, config, priors, state, (windows, patches, cells))
-        gradient = patch_ungather(of_windows, state.keep, state.updated, shift, flip, grid)
+        slots = slot_of_patch(state.keep, grid.patches)
+        gradient = patch_ungather(of_windows, slots, state.updated, shift, flip, grid)
         if of_patches is not None:
             gradient = gradient + of_patches
 
