@@ -12,14 +12,14 @@ from smi_fast.kernels.launch import Config
 PINNED: dict[str, dict[int, Config]] = {
     "patch_gather": {4: Config(1024, 4), 8: Config(1024, 4), 14: Config(1024, 4), 16: Config(1024, 4)},
     "patch_ungather": {4: Config(512, 4), 8: Config(512, 4), 14: Config(512, 4), 16: Config(512, 4)},
-    "total_variation": {4: Config(256, 4), 8: Config(256, 4), 14: Config(256, 4), 16: Config(256, 4)},
-    "adam_update": {4: Config(256, 4), 8: Config(256, 4), 14: Config(256, 4), 16: Config(256, 4)},
+    "total_variation": {8: Config(256, 2), 16: Config(256, 2), 32: Config(512, 4)},
+    "adam_update": {8: Config(256, 2), 16: Config(256, 2), 32: Config(512, 4)},
 }
 DEFAULT: dict[str, Config] = {
     "patch_gather": Config(1024, 4),
     "patch_ungather": Config(512, 4),
-    "total_variation": Config(256, 4),
-    "adam_update": Config(256, 4),
+    "total_variation": Config(128, 4),
+    "adam_update": Config(128, 4),
 }
 
 

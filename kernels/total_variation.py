@@ -98,13 +98,21 @@ def total_variation_reference(canvas: Tensor, updated: Tensor, grid: Grid, norm:
 
 
 @triton.jit
-def difference(image, y, x, x0, x1, x2, inside, DY: tl.constexpr, DX: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
+def difference(image, y, x, x0, x1, x2, DY: tl.constexpr, DX: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
     """A pixel less its neighbour at ``(DY, DX)``, by channel, and the squared length; 0 where there is none."""
-    there = inside & (y + DY >= 0) & (y + DY < H) & (x + DX >= 0) & (x + DX < W)
-    at = image + (y + DY) * W + x + DX
-    d0 = tl.where(there, x0 - tl.load(at, mask=there, other=0.0), 0.0)
-    d1 = tl.where(there, x1 - tl.load(at + H * W, mask=there, other=0.0), 0.0)
-    d2 = tl.where(there, x2 - tl.load(at + 2 * H * W, mask=there, other=0.0), 0.0)
+    step = DY * W + DX
+    if DY < 0:
+        step = tl.where(y + DY < 0, 0, step)
+    if DY > 0:
+        step = tl.where(y + DY >= H, 0, step)
+    if DX < 0:
+        step = tl.where(x + DX < 0, 0, step)
+    if DX > 0:
+        step = tl.where(x + DX >= W, 0, step)
+    at = image + y * W + x + step  # off the edge a pixel is its own neighbour
+    d0 = x0 - tl.load(at)
+    d1 = x1 - tl.load(at + H * W)
+    d2 = x2 - tl.load(at + 2 * H * W)
     return d0, d1, d2, d0 * d0 + d1 * d1 + d2 * d2
 
 
@@ -126,9 +134,9 @@ def pair_terms(
     The value is a length under ``pixel`` and a square under the other norms. A pair is counted at its first end; at
     its second only where the first is stopped.
     """
-    a0, a1, a2, ahead = difference(image, y, x, x0, x1, x2, inside, DY, DX, H, W)
-    b0, b1, b2, behind = difference(image, y, x, x0, x1, x2, inside, -DY, -DX, H, W)
-    alone = inside & (moves(moving, y - DY, x - DX, H, W, P) == 0)
+    a0, a1, a2, ahead = difference(image, y, x, x0, x1, x2, DY, DX, H, W)
+    b0, b1, b2, behind = difference(image, y, x, x0, x1, x2, -DY, -DX, H, W)
+    alone = moves(moving, y - DY, x - DX, H, W, P) == 0
     if PIXEL:
         over_ahead = tl.where(ahead > 0, tl.rsqrt(ahead), 0.0)
         over_behind = tl.where(behind > 0, tl.rsqrt(behind), 0.0)
@@ -140,7 +148,7 @@ def pair_terms(
     g0 = a0 * over_ahead + b0 * over_behind
     g1 = a1 * over_ahead + b1 * over_behind
     g2 = a2 * over_ahead + b2 * over_behind
-    return g0, g1, g2, value
+    return g0, g1, g2, tl.where(inside, value, 0.0)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
+from smi_fast.kernels import adam_update as adam_module
 from smi_fast.kernels import patch_gather as gather_module
 from smi_fast.kernels import patch_mask as mask_module
 from smi_fast.kernels import total_variation as tv_module
@@ -34,6 +35,19 @@ def test_opcheck(dtype: torch.dtype) -> None:
     opcheck(tv_module._halo_op, (pixels, KEEP, 4))
     for norm in ("pixel", "image", "batch"):
         opcheck(tv_module._tv_op, (pixels, KEEP, 4, norm))
+
+
+@pytest.mark.parametrize("norm", ["", "pixel", "batch"])
+def test_opcheck_of_the_update(norm: str) -> None:
+    moments = torch.rand(2, 3, 3, 4, 4, dtype=torch.float64)
+    windows = torch.randn(2, 3, 48, dtype=torch.float64)
+    limit = torch.full((3, 1, 1), 2.0, dtype=torch.float64)
+    args = (
+        canvas(), canvas() * 0, moments, moments.clone(), KEEP, SLOTS, windows, SLOTS.clone(), SHIFT, FLIP, None,
+        torch.tensor([0.25, 0.5, 0.01], dtype=torch.float64), torch.tensor([True, False]), -limit, limit,
+        [0.5, 0.99, 1e-8], 0.1, norm,
+    )  # fmt: skip
+    opcheck(adam_module._adam_op, args)
 
 
 def test_gradcheck() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smi_fast.kernels.adam_update import AdamConstants, adam_update
+from smi_fast.kernels.adam_update import AdamConstants, adam_step
 from smi_fast.kernels.cls_attention import cls_attention
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.patch_mask import composite, patch_mask, put_patches, take_patches
@@ -46,7 +46,7 @@ def test_adam_is_that_of_torch(dtype: torch.dtype, tolerance: float) -> None:
     clamped = 0
     for step in range(1, 9):
         gradient = randn(2, 5, 3, 4, 4, seed=step, dtype=dtype) * 10.0 ** (step % 3 - 4)
-        pixels, *both = adam_update(pixels, moments, gradient, rates(step, dtype), healthy, constants(dtype))
+        pixels, *both = adam_step(pixels, moments, gradient, rates(step, dtype), healthy, constants(dtype))
         moments = (both[0], both[1])
         theirs.grad = gradient
         optimiser.step()
@@ -68,7 +68,7 @@ def test_adam_leaves_an_unhealthy_image_alone(bad: float) -> None:
     gradient = randn(3, 2, 3, 2, 2, seed=3)
     gradient[1] = bad
     args = (gradient, rates(4, torch.float64), torch.tensor([True, False, True]), constants(torch.float64))
-    after, first, second = adam_update(pixels, moments, *args)
+    after, first, second = adam_step(pixels, moments, *args)
     for old, new in ((pixels, after), (moments[0], first), (moments[1], second)):
         assert torch.equal(old[1], new[1])
         assert torch.isfinite(new).all()

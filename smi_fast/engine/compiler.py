@@ -9,6 +9,7 @@ share a cache of limited size, and fall back to eager when it is full.
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,22 +17,36 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from smi_fast.engine.state import State
-from smi_fast.engine.step import Step
+from smi_fast.engine.step import Differentiated, Step
 
 Options = dict[str, str | int | bool | Callable[..., Any]] | None
 
 
-def trace_step(step: Step, state: State) -> torch.fx.GraphModule:
-    """The step as a graph over ``state.tensors()``; runs it once on a copy."""
+def _state_of(tensors: tuple[Tensor, ...]) -> State:
+    """The inverse of ``State.tensors``."""
+    names = [field.name for field in fields(State)]
+    return State(**dict(zip(names, tensors, strict=False)))
 
-    def on_tensors(*tensors: Tensor) -> None:
-        step(State(*tensors))
+
+def trace_step(step: Step, state: State) -> torch.fx.GraphModule:
+    """The part of a step that is to be compiled, as a graph over ``state.tensors()``; runs it once on a copy.
+
+    That is all of it, or its first half where the update works in place.
+    """
+
+    def on_tensors(*tensors: Tensor) -> tuple[Tensor | None, ...] | None:
+        state = _state_of(tensors)
+        found = step.differentiate(state)
+        if step.in_place:
+            return tuple(found)
+        step.update(state, found)
+        return None
 
     with torch.no_grad():
         return make_fx(on_tensors)(*state.clone().tensors())
 
 
-def compile_step(step: Step, state: State, backend: str = "inductor") -> Step:
+def compile_step(step: Step, state: State, backend: str = "inductor") -> Callable[[State], None]:
     """Trace and compile for the shapes of ``state``; compiles now, on a copy of it.
 
     Raises:
@@ -44,7 +59,9 @@ def compile_step(step: Step, state: State, backend: str = "inductor") -> Step:
 
     def run(state: State) -> None:
         with torch.no_grad():
-            compiled(*state.tensors())
+            found = compiled(*state.tensors())
+            if step.in_place:
+                step.update(state, Differentiated(*found))
 
     run(state.clone())
     return run

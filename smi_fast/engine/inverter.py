@@ -5,7 +5,7 @@ import operator
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ from smi_fast.engine.losses import LossReader
 from smi_fast.engine.progress import Progress
 from smi_fast.engine.snapshots import Snapshots
 from smi_fast.engine.state import State, new_state, stop_patches
-from smi_fast.engine.step import Step, build_step
+from smi_fast.engine.step import build_step
 from smi_fast.images import Provenance, SparseImages
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.priors import Prior, priors_of
@@ -101,7 +101,7 @@ class Inverter:
         self.snapshots = snapshots
         self.stats = Stats(stage_seconds=[0.0] * len(self.stages))
         self.impl: Impl = self._usable(impl)
-        self._steps: dict[Bucket, Step] = {}
+        self._steps: dict[Bucket, Callable[[State], None]] = {}
 
     def _usable(self, impl: Impl) -> Impl:
         reason = why_not_compile(self.model.device.type) if impl == "compiled" else None
@@ -210,7 +210,7 @@ class Inverter:
             self.stats.stage_seconds[number] += time.perf_counter() - begin
         return state
 
-    def _run_stage(self, step: Step, state: State, work: tuple[Stage, _Batch, LossReader]) -> None:
+    def _run_stage(self, step: Callable[[State], None], state: State, work: tuple[Stage, _Batch, LossReader]) -> None:
         """All iterations of a stage, and the wait for the device at its end."""
         stage, batch, reader = work
         snapshots = self.snapshots if batch.index == 0 else None
@@ -227,17 +227,18 @@ class Inverter:
         if state.canvas.is_cuda:
             torch.cuda.synchronize(state.canvas.device)
 
-    def _step(self, state: State) -> Step:
+    def _step(self, state: State) -> Callable[[State], None]:
         """The step of a bucket, compiled when it is met first."""
         bucket = Bucket(*state.keep.shape)
         if bucket not in self._steps:
             # a fresh function a bucket, see compiler.py
-            step = build_step(self.model, self.config, self.priors)
+            built = build_step(self.model, self.config, self.priors)
+            step: Callable[[State], None] = built
             if self.impl == "compiled":
                 begin = time.perf_counter()
                 place = [stage.kept for stage in self.stages].index(bucket.kept)
                 self.progress.compiling(place + 1, len(self.stages), bucket.kept)
-                step = compile_step(step, state)
+                step = compile_step(built, state)
                 seconds = time.perf_counter() - begin
                 self.stats.seconds_compile += seconds
                 self.progress.compiled(seconds)

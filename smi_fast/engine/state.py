@@ -1,5 +1,6 @@
 """The tensors of one batch in one stage."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from smi_fast.config import InversionConfig
 from smi_fast.engine.streams import jitter_table, start_canvas
+from smi_fast.kernels.dispatch import choose
+from smi_fast.kernels.grid import slot_of_patch
 from smi_fast.kernels.select_patches import remap, select_patches
 from smi_fast.model.sparse_vit import SparseViT
 
@@ -17,7 +20,9 @@ from smi_fast.model.sparse_vit import SparseViT
 class State:
     """Static buffers of a stage. The step reads all of them and writes those of the first group in place.
 
-    A is the number of updated patches: K under ``paper``, L under ``reference``.
+    A is the number of updated patches: K under ``paper``, L under ``reference``. Where the Triton kernels run there is
+    a second canvas: each step writes the updated patches of the spare one, and the two change places. Between steps
+    both hold the same pixels everywhere else.
     """
 
     canvas: Tensor  # [B, 3, H, W]
@@ -31,16 +36,29 @@ class State:
     keep: Tensor  # [B, K] int64, ascending
     updated: Tensor  # [B, A] int64, ascending
     labels: Tensor  # [B] int64
+    slots: Tensor  # [B, L] int32, position of each patch in keep, or -1
+    updated_slots: Tensor  # [B, L] int32, the same of updated
     jitter: Tensor  # [iterations, B, 3] int64
     rates: Tensor  # [iterations, 3]: learning rate, 1 - b1^t, 1 - b2^t
 
+    spare: Tensor | None = None  # [B, 3, H, W]
+
     def tensors(self) -> list[Tensor]:
-        """All tensors, in the order of the fields."""
-        return [getattr(self, field.name) for field in fields(self)]
+        """All tensors but the spare canvas, in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)[:-1]]
 
     def clone(self) -> "State":
         """A copy that shares no memory."""
-        return State(*(tensor.clone() for tensor in self.tensors()))
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            setattr(twin, name, None if value is None else value.clone())
+        return twin
+
+
+def uses_kernels(model: SparseViT) -> bool:
+    """Does the update of this model's images run as a Triton kernel?"""
+    double = "float64 has no kernel" if model.dtype == torch.float64 else None
+    return choose("adam_update", None, model.patch_embed.weight, double) == "triton"
 
 
 def learning_rates(config: InversionConfig) -> list[float]:
@@ -66,8 +84,9 @@ def new_state(
     batch = len(labels)
     everything = torch.arange(grid.patches, device=device).repeat(batch, 1)
     moment = torch.zeros(batch, grid.patches, 3, grid.patch, grid.patch, dtype=dtype, device=device)
+    canvas = start_canvas(config.seed, image_ids, grid).to(device, dtype)
     return State(
-        canvas=start_canvas(config.seed, image_ids, grid).to(device, dtype),
+        canvas=canvas,
         first=moment,
         second=moment.clone(),
         iteration=torch.zeros(1, dtype=torch.int64, device=device),
@@ -76,9 +95,12 @@ def new_state(
         scores=torch.zeros(batch, grid.patches, dtype=dtype, device=device),
         keep=everything,
         updated=everything.clone(),
+        slots=slot_of_patch(everything, grid.patches),
+        updated_slots=slot_of_patch(everything, grid.patches),
         labels=torch.tensor(labels, dtype=torch.int64, device=device),
         jitter=jitter_table(config, image_ids, grid).to(device),
         rates=rate_table(config).to(device, dtype),
+        spare=canvas.clone() if uses_kernels(model) else None,
     )
 
 
@@ -90,7 +112,11 @@ def stop_patches(state: State, count: int, stop_updates: bool) -> State:
     slots = select_patches(state.scores, count)
     keep = remap(state.keep, slots)
     values = {field.name: getattr(state, field.name) for field in fields(state)}
-    values |= {"keep": keep, "scores": remap(state.scores, slots)}
+    kept_slots = slot_of_patch(keep, state.slots.shape[1])
+    values |= {"keep": keep, "slots": kept_slots, "scores": remap(state.scores, slots)}
+    if state.spare is not None:  # what stops now must be the same in both
+        values["spare"] = state.canvas.clone()
     if stop_updates:
-        values |= {"updated": keep.clone(), "first": remap(state.first, slots), "second": remap(state.second, slots)}
+        values |= {"updated": keep.clone(), "updated_slots": kept_slots.clone()}
+        values |= {"first": remap(state.first, slots), "second": remap(state.second, slots)}
     return State(**values)
