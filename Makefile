@@ -1,6 +1,7 @@
 # make demo   set up, and run the main job on the bundled teacher
 # make test   set up, and run the tests on the newest libraries
 # make lint   ruff and mypy
+# make gpu    on a machine with a GPU: its tests and benchmarks, with the python3 that is there; no set-up
 # make test-oldest   the tests on the oldest supported torch, in an environment of its own
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ OLDEST ?= .venv-oldest
 OUT ?= runs/demo
 DEMO_STOPS = --stop 50:0.3 --stop 100:0.3 --stop 200:0.3 --stop 300:0.3
 
-.PHONY: setup demo test lint test-oldest clean
+.PHONY: setup demo test lint test-oldest gpu clean
 
 setup: $(VENV)/.ready
 setup-oldest: $(OLDEST)/.ready
@@ -33,11 +34,17 @@ demo: setup
 	$(VENV)/bin/smi-fast invert --model demo --labels all --count 5 --iterations 400 $(DEMO_STOPS) \
 		--impl eager --seed 0 --out $(OUT) --overwrite
 
+# the kernels' own code runs in a process of its own: Triton reads the variable when a kernel is decorated
 test: setup
 	$(VENV)/bin/python -m pytest
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m kernel tests/kernels
 
 test-oldest: setup-oldest
 	$(OLDEST)/bin/python -m pytest
+	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest -m kernel tests/kernels
+
+gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu.sh
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -270,10 +270,12 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
-def measure(setting: Setting, kept: int, rounds: int, steps: int) -> list[Remote]:
-    """All systems at one number of patches, taking turns."""
+def measure(
+    setting: Setting, kept: int, rounds: int, steps: int, systems: tuple[System, ...] = SYSTEMS
+) -> list[Remote]:
+    """The systems at one number of patches, taking turns."""
     remotes = []
-    for system in SYSTEMS:
+    for system in systems:
         print(f"{kept} patches: setting up {system}", flush=True)
         remotes.append(Remote(system, setting, kept))
     check_agreement(remotes, setting)
@@ -286,17 +288,18 @@ def measure(setting: Setting, kept: int, rounds: int, steps: int) -> list[Remote
     return remotes
 
 
-def report(rows: list[dict[str, Any]], sparse: list[Remote], dense: list[Remote]) -> None:
-    """The table, and our best against both baselines, round by round."""
+def report(rows: list[dict[str, Any]], blocks: dict[str, list[Remote]]) -> None:
+    """The table, and our best sparse row against the published loop of each block, round by round."""
     for line in rows:
         print(
             f"{line['system']:10s} {line['dtype']:5s} {line['patches']:4d} patches  {line['ms_p50']:8.1f} ms "
             f"({line['ms_p20']:.1f}..{line['ms_p80']:.1f})  {line['image_iterations_per_s']:8.1f} image-it/s  "
             f"{line['speed_up_over_published_p50']:5.2f}x published  {line['peak_memory_mib']} MiB"
         )
-    ours = min((r for r in sparse if r.system.name == "compiled"), key=lambda r: statistics.median(r.seconds))
-    for name, other in (("sparse", sparse[0]), ("dense", dense[0])):
-        ratios = [theirs / mine for mine, theirs in zip(ours.seconds, other.seconds, strict=True)]
+    compiled = [remote for remote in blocks["sparse"] if remote.system.name == "compiled"]
+    ours = min(compiled, key=lambda remote: statistics.median(remote.seconds))
+    for name, remotes in blocks.items():
+        ratios = [theirs / mine for mine, theirs in zip(ours.seconds, remotes[0].seconds, strict=True)]
         spread = f"{quantile(ratios, 0.2):.2f}..{quantile(ratios, 0.8):.2f}"
         print(f"{ours.system} sparse is {statistics.median(ratios):.2f}x the published loop {name} (p20..p80 {spread})")
 
@@ -310,15 +313,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=2, help="iterations a system runs in a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--stages", nargs="+", choices=("sparse", "dense"), default=["sparse", "dense"])
+    parser.add_argument("--quick", action="store_true", help="published, tuned and the bf16 compiled system alone")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
+    if "sparse" not in args.stages:
+        parser.error("--stages: sparse must be among them, since speed-ups are told for it")
     setting = Setting(args.model, args.batch, args.device, args.threads)
     patches = timm.create_model(args.model).patch_embed.num_patches
     last = plan_stages(patches, PAPER_STOPS, 4000)[-1].kept
 
-    sparse, dense = (measure(setting, kept, args.rounds, args.steps) for kept in (last, patches))
-    rows = [row(remote, setting, group[0]) for group in (sparse, dense) for remote in group]
-    report(rows, sparse, dense)
+    systems = tuple(SYSTEMS[i] for i in (0, 1, 5)) if args.quick else SYSTEMS
+    kept = {"sparse": last, "dense": patches}
+    blocks = {name: measure(setting, kept[name], args.rounds, args.steps, systems) for name in args.stages}
+    rows = [row(remote, setting, group[0]) for group in blocks.values() for remote in group]
+    report(rows, blocks)
     out = args.out or Path(__file__).parent / "results" / f"engine-{args.device}-{args.model}-b{args.batch}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:

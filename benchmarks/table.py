@@ -1,28 +1,37 @@
-"""The README's speed table, made from the CSV that ``benchmarks.engine`` writes.
+"""The tables of measured figures in the README and in ``benchmarks/README.md``, made from the CSVs in ``results/``.
 
 python -m benchmarks.table --write
 """
 
 import argparse
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "engine-cpu-deit_tiny_patch16_224-b8.csv"
-BEGIN, END = "<!-- speed table: python -m benchmarks.table --write -->\n", "<!-- end of speed table -->\n"
+RESULTS = ROOT / "benchmarks" / "results"
+END = "<!-- end of table -->\n"
 NAMES = {
     "published": "published loop",
     "tuned": "tuned eager",
     "eager": "ours, eager",
     "compiled": "**compiled**",
 }
+Row = dict[str, str]
 
 
-def markdown(path: Path = RESULTS) -> str:
-    """The table with its caption; milliseconds are of one iteration on a batch."""
+def rows_of(name: str) -> list[Row]:
+    """The rows of a CSV; none where it was not measured."""
+    path = RESULTS / name
+    if not path.exists():
+        return []
     with path.open() as file:
-        rows = list(csv.DictReader(file))
+        return list(csv.DictReader(file))
+
+
+def engine_table() -> str:
+    """One iteration of the engine beside the yard-stick; milliseconds are of one iteration on a batch."""
+    rows = rows_of("engine-cpu-deit_tiny_patch16_224-b8.csv")
     first = rows[0]
     lines = [
         f"{first['model']} geometry with random weights, batch {first['batch']}, {first['device_name']}, "
@@ -41,21 +50,63 @@ def markdown(path: Path = RESULTS) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(readme: str) -> str:
-    """The README with the table between its two marks."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + markdown() + END + after
+def kernel_table(device: str) -> str:
+    """Every op at the last stage and dense; microseconds are medians of one call."""
+    rows = [row for row in rows_of(f"kernels-{device}.csv") if row["compiled_us_p50"]]
+    if not rows:
+        return "Not measured: no machine with a GPU was at hand since these kernels were written.\n"
+    first = rows[0]
+    lines = [
+        f"{first['device_name']}, torch {first['torch']}, triton {first['triton']}, commit {first['commit']}; a large "
+        f"copy moves {first['copy_gb_per_s']} GB/s. Medians of {first['rounds']} rounds in which the systems took "
+        "turns (20th to 80th percentile of the last column's system in brackets); results were compared first.",
+        "",
+        "| op | image/patch | B | K | dtype | least MB | eager us | compiled us | Triton us | share of copy |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        triton = f"{row['triton_us_p50']} ({row['triton_us_p20']} to {row['triton_us_p80']})"
+        lines.append(
+            f"| {row['op']} | {row['image']}/{row['patch']} | {row['batch']} | {row['kept']} | {row['dtype']} | "
+            f"{int(row['least_bytes']) / 1e6:.2f} | {row['eager_us_p50']} | {row['compiled_us_p50']} | "
+            f"{triton if row['triton_us_p50'] else 'not measured'} | {row['share_of_copy'] or 'not measured'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+# by file: mark that a table stands behind, and what makes it
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"engine": engine_table},
+    ROOT / "benchmarks" / "README.md": {
+        "kernels on a GPU": lambda: kernel_table("cuda"),
+        "references on a CPU": lambda: kernel_table("cpu"),
+    },
+}
+
+
+def with_tables(path: Path) -> str:
+    """The text of a file, its tables made anew."""
+    text = path.read_text()
+    for name, make in TABLES[path].items():
+        begin = f"<!-- table of {name}: python -m benchmarks.table --write -->\n"
+        before, mark, rest = text.partition(begin)
+        _, end, after = rest.partition(END)
+        if not mark or not end:
+            raise ValueError(f"{path}: the marks of the table of {name} are missing")
+        text = before + begin + make() + END + after
+    return text
 
 
 def main() -> None:
-    """Print the table, or write it into the README."""
+    """Print the tables, or write them into their files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
-    if parser.parse_args().write:
-        README.write_text(with_table(README.read_text()))
-    else:
-        print(markdown(), end="")
+    write = parser.parse_args().write
+    for path, tables in TABLES.items():
+        if write:
+            path.write_text(with_tables(path))
+        else:
+            print(*(make() for make in tables.values()), sep="\n")
 
 
 if __name__ == "__main__":

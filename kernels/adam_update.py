@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.kernels.check import BOOL, EXACT, FLOATS, IDS, check
-from smi_fast.kernels.configs import pinned
+from smi_fast.kernels.configs import best
 from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.launch import Config, Launch
@@ -219,7 +219,8 @@ def adam_launch(
     """Launch of the update, and the ``[B, blocks]`` lengths it fills under ``pixel``; ``steer``: rates, healthy."""
     height, width = target.canvas.shape[2:]
     batch, count, _, patch, _ = target.first.shape
-    config = config or pinned("adam_update", patch)
+    where = (target, gradient, steer, c, tv, inverse)
+    config = config or best("adam_update", patch, lambda tried: adam_launch(*where, tried)[0])
     blocks = triton.cdiv(count * patch * patch, config.block)
     values = target.canvas.new_empty(batch, blocks)
     rates, healthy = steer

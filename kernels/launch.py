@@ -32,10 +32,14 @@ class Launch:
     constants: dict[str, Any]
     warps: int
 
+    @property
+    def device(self) -> torch.device:
+        """Where the arguments are."""
+        return next(a.device for a in self.arguments.values() if isinstance(a, Tensor))
+
     def run(self) -> None:
         """Launch on the device of the arguments."""
-        device = next(a.device for a in self.arguments.values() if isinstance(a, Tensor))
-        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        guard = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with guard:
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.kernels.check import BOOL, EXACT, FLOATS, IDS, check
-from smi_fast.kernels.configs import pinned
+from smi_fast.kernels.configs import best
 from smi_fast.kernels.dispatch import Impl, choose, tl, triton
 from smi_fast.kernels.grid import Grid, slot_of_patch, split_shift
 from smi_fast.kernels.launch import Config, Launch
@@ -166,7 +166,8 @@ def gather_launch(
 ) -> Launch:
     """Launch of the gather into ``windows``, ``[B, K, 3 * P * P]``."""
     batch, kept = keep.shape
-    config = config or pinned("patch_gather", patch)
+    places = (canvas, keep, shift, flip, windows, patch)
+    config = config or best("patch_gather", patch, lambda c: gather_launch(*places, c))
     return Launch(
         gather_kernel,
         (triton.cdiv(kept * patch * patch, config.block), batch),
@@ -186,7 +187,7 @@ def ungather_launch(
     """Launch of the ungather into ``patches``, ``[B, A, 3, P, P]``; ``place``: slots, updated, shift, flip."""
     slots, updated, shift, flip = place
     batch, count = updated.shape
-    config = config or pinned("patch_ungather", grid.patch)
+    config = config or best("patch_ungather", grid.patch, lambda c: ungather_launch(gradient, place, patches, grid, c))
     tensors = {"gradient": gradient, "slots": slots, "updated": updated, "shift": shift, "flip": flip}
     return Launch(
         ungather_kernel,

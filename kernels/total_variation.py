@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.kernels.check import EXACT, IDS, check
-from smi_fast.kernels.configs import pinned
+from smi_fast.kernels.configs import best
 from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
 from smi_fast.kernels.grid import Grid, slot_of_patch
 from smi_fast.kernels.launch import Arguments, Config, Launch
@@ -65,12 +65,17 @@ def _(canvas: Tensor, updated: Tensor, patch: int) -> tuple[Tensor, Tensor, Tens
 def total_variation_reference(canvas: Tensor, updated: Tensor, grid: Grid, norm: TVNorm) -> tuple[Tensor, Tensor]:
     """Plain torch; shapes as in `total_variation`."""
     # a custom op, so that a compiler does not work out each index at every pixel, see patch_gather.py
-    halo, inside, moving = _halo_op(canvas, updated, grid.patch)
-    side = grid.patch
-    rim = torch.arange(side + 2, device=canvas.device)
+    return tv_of_halo(_halo_op(canvas, updated, grid.patch), norm)
+
+
+def tv_of_halo(patches: tuple[Tensor, Tensor, Tensor], norm: TVNorm) -> tuple[Tensor, Tensor]:
+    """Value and gradient from what `patch_halo_reference` gives; pointwise operations and sums alone."""
+    halo, inside, moving = patches
+    side = halo.shape[-1] - 2
+    rim = torch.arange(side + 2, device=halo.device)
     middle = (rim > 0) & (rim <= side)
     in_patch = middle[:, None] & middle  # [P+2, P+2], false on the rim
-    value, gradient = canvas.new_zeros(canvas.shape[0]), torch.zeros_like(halo[..., 1:-1, 1:-1])
+    value, gradient = halo.new_zeros(halo.shape[0]), torch.zeros_like(halo[..., 1:-1, 1:-1])
     for dy, dx in DIRECTIONS:
         # the region of first ends p of all pairs (p, p + d) with an end in the patch: the patch, and its shift by -d
         top, left = 1 - dy, 1 - max(dx, 0)
@@ -213,7 +218,7 @@ def tv_launch(
 ) -> tuple[Launch, Tensor]:
     """Launch of `tv_kernel`, and the ``values`` it fills; ``tensors``: its other tensors, by argument name."""
     batch, count = tensors["updated"].shape
-    config = config or pinned("total_variation", grid.patch)
+    config = config or best("total_variation", grid.patch, lambda c: tv_launch(tensors, grid, pixel, sums, c)[0])
     blocks = triton.cdiv(count * grid.patch**2, config.block)
     values = tensors["canvas"].new_empty(batch, blocks, 4)
     sides = {"HEIGHT": grid.height, "WIDTH": grid.width, "P": grid.patch, "BLOCK": config.block}

@@ -6,8 +6,10 @@ from torch import Tensor
 from torch.library import opcheck
 
 from smi_fast.kernels import adam_update as adam_module
+from smi_fast.kernels import cls_attention as attention_module
 from smi_fast.kernels import patch_gather as gather_module
 from smi_fast.kernels import patch_mask as mask_module
+from smi_fast.kernels import select_patches as select_module
 from smi_fast.kernels import total_variation as tv_module
 from smi_fast.kernels.grid import Grid, slot_of_patch
 from smi_fast.kernels.patch_gather import patch_gather, patch_ungather
@@ -48,6 +50,44 @@ def test_opcheck_of_the_update(norm: str) -> None:
         [0.5, 0.99, 1e-8], 0.1, norm,
     )  # fmt: skip
     opcheck(adam_module._adam_op, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck_of_attention(dtype: torch.dtype) -> None:
+    both = canvas(dtype).reshape(2, 8, 2, 3, 6)
+    key, value = (part.detach().requires_grad_() for part in both.permute(2, 0, 3, 1, 4).unbind(0))
+    query = key.detach()[:, :, 2:4].requires_grad_()
+    exact = {"atol": 1e-2, "rtol": 1e-2} if dtype == torch.bfloat16 else {}
+    opcheck(attention_module._attend, (query, key, value, 2), **exact)
+    opcheck(attention_module._attend, (query.detach(), key.detach(), value, 2), **exact)
+    tensors = tuple(tensor.detach() for tensor in (query, key, value, query))
+    rows = torch.randn(2, 3, 6, dtype=torch.promote_types(dtype, torch.float32))
+    opcheck(attention_module._attend_backward, (*tensors, rows))
+
+
+def test_opcheck_of_selection_and_masks() -> None:
+    pixels, scores = canvas(torch.float32), canvas(torch.float32)[:, 0, 0]
+    opcheck(select_module._select, (scores, 5))
+    for state in (scores, KEEP.repeat(1, 4), pixels.reshape(2, 12, 6, 4)):
+        opcheck(select_module._remap, (state, KEEP))
+    opcheck(mask_module._mask, (KEEP.int(), [8, 12, 4]))
+    for dtype in (torch.float32, torch.float64, torch.uint8):
+        opcheck(mask_module._composite, (pixels.to(dtype), KEEP, torch.zeros(3, 1, 1), 4))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        opcheck(mask_module._statistics, (pixels.to(dtype), KEEP, 4))
+
+
+def test_gradient_of_the_attention_op_is_that_of_autograd() -> None:
+    tensors = [canvas()[:, :, : 2 if i == 0 else 8].detach().requires_grad_() for i in range(3)]
+    tensors[2] = canvas().flip(2).requires_grad_()
+    found, wanted = (
+        torch.autograd.grad(sum(((result * (1 + result)).sum() for result in results), start=torch.zeros(())), tensors)
+        for results in (
+            attention_module._attend(*tensors, 2)[:2],
+            attention_module.rows_reference(*tensors, 2),
+        )
+    )
+    torch.testing.assert_close(found, wanted)
 
 
 def test_gradcheck() -> None:

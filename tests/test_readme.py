@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.table import README, with_table
+from benchmarks.table import ROOT, TABLES, with_tables
 from smi_fast.cli import app
 from smi_fast.model import load_model
 
+README = ROOT / "README.md"
 TEXT = README.read_text()
 
 
-def test_the_speed_table_is_that_of_the_results() -> None:
-    assert with_table(TEXT) == TEXT, "stale: python -m benchmarks.table --write"
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_tables_are_those_of_the_results(path: Path) -> None:
+    assert with_tables(path) == path.read_text(), "stale: python -m benchmarks.table --write"
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

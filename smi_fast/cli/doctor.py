@@ -1,6 +1,5 @@
 """``smi-fast doctor``: what this machine has, and what works on it."""
 
-import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.table import Table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from smi_fast.engine.compiler import why_not_compile
+from smi_fast.kernels.dispatch import KERNELS_VARIABLE, why_not_triton
 from smi_fast.report import device_name
 from smi_fast.versions import versions
 
@@ -27,14 +27,15 @@ def doctor() -> None:
     table.add_row("C++ compiler", shutil.which(os.environ.get("CXX", "g++")) or "none found")
     reason = why_not_compile(device.type)
     table.add_row("torch.compile", "works" if reason is None else f"does not work, runs eager: {reason}")
-    table.add_row("Triton", _triton(cuda))
+    table.add_row("kernels", _kernels(device))
     folder = Path(cache_dir())
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     table.add_row("compile cache", f"{folder}, {size / 2**20:.0f} MiB (set TORCHINDUCTOR_CACHE_DIR to move it)")
     Console().print(table)
 
 
-def _triton(cuda: bool) -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "not installed"
-    return "works with the CUDA device" if cuda else "installed; needs a CUDA device to run"
+def _kernels(device: torch.device) -> str:
+    """What the ops run on, and why."""
+    switch = os.environ.get(KERNELS_VARIABLE, "auto")
+    reason = f"{KERNELS_VARIABLE}={switch}" if switch == "torch" else why_not_triton(torch.empty(0, device=device))
+    return "Triton" if reason is None else f"plain torch: {reason}"

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smi_fast.kernels.check import check_ids
 from smi_fast.kernels.cls_attention import cls_attention
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.patch_gather import patch_gather
@@ -151,7 +152,8 @@ class SparseViT(nn.Module):
             logits ``[B, classes]`` and CLS scores ``[B, K]``, float32 (float64 for a float64 model).
 
         Raises:
-            ValueError: a shape or dtype that does not fit the model.
+            ValueError: a shape or dtype that does not fit the model, or ids that are none of its patches or do not
+                ascend (they are read, so the call waits for the device).
         """
         self._check(pixels, keep)
         batch = pixels.shape[0]
@@ -209,3 +211,5 @@ class SparseViT(nn.Module):
             )
         if not 1 <= keep.shape[1] <= self.grid.patches:
             raise ValueError(f"keep holds {keep.shape[1]} patches an image: must be 1..{self.grid.patches}")
+        if not torch.compiler.is_compiling():
+            check_ids("keep", keep, self.grid.patches)

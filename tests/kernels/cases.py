@@ -31,6 +31,11 @@ GRIDS = (
 )
 
 
+def size(grid: Grid) -> str:
+    """For test ids, such as ``8x12p4``."""
+    return f"{grid.height}x{grid.width}p{grid.patch}"
+
+
 @dataclass(frozen=True)
 class Case:
     """A batch of images with their kept patches and movements."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Updated, adam_update
 from smi_fast.kernels.grid import Grid, slot_of_patch
 from smi_fast.kernels.patch_mask import patch_mask
-from tests.kernels.cases import DEVICE, DTYPES, GRIDS, assert_near_truth, counts, generator, make_case
+from tests.kernels.cases import DEVICE, DTYPES, GRIDS, assert_near_truth, counts, generator, make_case, size
 
 pytestmark = pytest.mark.kernel
 RATES = (0.25, 1 - 0.5**3, 1 - 0.99**3)
@@ -61,7 +61,7 @@ def copied(args: Arguments) -> Arguments:
 
 
 @pytest.mark.parametrize("tv", TERMS, ids=lambda tv: tv.norm if tv else "none")
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=size)
 def test_step_is_as_near_the_truth_as_eager(grid: Grid, tv: TVTerm | None) -> None:
     for kept in counts(grid)[:3]:
         everywhere = kept == 1 and grid.patches <= 16

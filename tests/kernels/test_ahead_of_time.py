@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, empty
 
 from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Updated, adam_launch
+from smi_fast.kernels.cls_attention import attention_backward_launch, attention_launch, token_major
 from smi_fast.kernels.dispatch import HAS_TRITON, INTERPRETED
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.launch import Launch
 from smi_fast.kernels.patch_gather import gather_launch, ungather_launch
+from smi_fast.kernels.patch_mask import composite_launch, mask_launch, statistics_launch
+from smi_fast.kernels.select_patches import remap_launch, select_launch
 from smi_fast.kernels.total_variation import TVNorm, tv_launch
 
 if HAS_TRITON and not INTERPRETED:
@@ -98,6 +101,40 @@ def update(i: Inputs, norm: TVNorm | None = "pixel") -> Launch:
     return adam_launch(target, LossGradient(i.windows, i.slots, *i.moves), steer, constants, term)[0]
 
 
+def attention(i: Inputs, tokens: int, queries: int = 1, width: int = 64, backward: bool = False) -> Launch:
+    """On views of projections, as the model hands them over."""
+    query = empty(BATCH, queries, 12, width, dtype=i.dtype, device="meta").transpose(1, 2)
+    both = empty(BATCH, tokens, 2, 12, width, dtype=i.dtype, device="meta")
+    key, value = both.permute(2, 0, 3, 1, 4).unbind(0)
+    if not backward:
+        return attention_launch(query, key, value, queries)[0]
+    d_rows = empty(BATCH, 12, tokens - queries, device="meta")
+    return attention_backward_launch(query, key, value, token_major(query, queries), d_rows)[0]
+
+
+def selection(i: Inputs) -> Launch:
+    return select_launch(empty(BATCH, i.grid.patches, device="meta"), i.ids)
+
+
+def remapping(i: Inputs) -> Launch:
+    state = empty(BATCH, i.grid.patches, 3, i.grid.patch, i.grid.patch, dtype=i.dtype, device="meta")
+    return remap_launch(state, i.ids, empty(*i.ids.shape, *state.shape[2:], dtype=i.dtype, device="meta"))
+
+
+def mask(i: Inputs) -> Launch:
+    return mask_launch(i.slots, empty(BATCH, i.grid.height, i.grid.width, dtype=torch.bool, device="meta"), i.grid)
+
+
+def composition(i: Inputs, colour: bool) -> Launch:
+    pixels = i.canvas.to(i.dtype)
+    fill = pixels[0, :, :1, :1].expand_as(pixels) if colour else pixels
+    return composite_launch(pixels, i.slots, fill, pixels, i.grid)
+
+
+def statistics(i: Inputs) -> Launch:
+    return statistics_launch(i.canvas.to(i.dtype), i.ids, i.grid)[0]
+
+
 TABLE: list[tuple[str, Callable[[Inputs], Launch], Grid, torch.dtype, Limit]] = [
     ("patch_gather", gather, BASE, torch.bfloat16, Limit(32, 0, 3)),
     ("patch_gather", gather, BASE, torch.float32, Limit(40, 0, 6)),
@@ -117,6 +154,25 @@ TABLE: list[tuple[str, Callable[[Inputs], Launch], Grid, torch.dtype, Limit]] = 
     ("adam_update pixel", update, LARGE, torch.bfloat16, Limit(56, 0, 0)),
     ("adam_update image", lambda i: update(i, "image"), BASE, torch.bfloat16, Limit(120, 9, 9)),
     ("adam_update alone", lambda i: update(i, None), BASE, torch.bfloat16, Limit(72, 9, 9)),
+    # keys and values once each in 16-byte pieces, and the query
+    ("cls_attention N47", lambda i: attention(i, 47), BASE, torch.bfloat16, Limit(40, 9, 0)),
+    ("cls_attention N197", lambda i: attention(i, 197), BASE, torch.bfloat16, Limit(64, 17, 0)),
+    ("cls_attention N197", lambda i: attention(i, 197), BASE, torch.float32, Limit(96, 33, 0)),
+    ("cls_attention N577 M2", lambda i: attention(i, 577, 2), BASE, torch.bfloat16, Limit(255, 28, 0)),
+    ("cls_attention N197 d80", lambda i: attention(i, 197, 1, 80), BASE, torch.bfloat16, Limit(96, 33, 0)),
+    ("backward N47", lambda i: attention(i, 47, backward=True), BASE, torch.bfloat16, Limit(80, 10, 8)),
+    ("backward N197", lambda i: attention(i, 197, backward=True), BASE, torch.bfloat16, Limit(96, 10, 8)),
+    ("backward N197 M2", lambda i: attention(i, 197, 2, backward=True), BASE, torch.bfloat16, Limit(128, 12, 8)),
+    ("backward N577", lambda i: attention(i, 577, backward=True), BASE, torch.bfloat16, Limit(128, 20, 8)),
+    ("select_patches", selection, BASE, torch.float32, Limit(48, 0, 0)),
+    ("remap", remapping, BASE, torch.float32, Limit(24, 2, 2)),
+    ("remap", remapping, BASE, torch.bfloat16, Limit(16, 1, 1)),
+    ("patch_mask", mask, BASE, torch.float32, Limit(16, 0, 0)),
+    ("composite image", lambda i: composition(i, False), BASE, torch.float32, Limit(32, 4, 2)),
+    ("composite image", lambda i: composition(i, False), BASE, torch.bfloat16, Limit(32, 2, 1)),
+    ("composite colour", lambda i: composition(i, True), BASE, torch.float32, Limit(32, 2, 2)),
+    ("kept_statistics", statistics, BASE, torch.float32, Limit(32, 2, 0)),
+    ("kept_statistics", statistics, BASE, torch.bfloat16, Limit(32, 1, 0)),
 ]
 
 

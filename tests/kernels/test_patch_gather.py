@@ -5,13 +5,13 @@ import torch
 
 from smi_fast.kernels.grid import Grid, slot_of_patch
 from smi_fast.kernels.patch_gather import patch_gather, patch_ungather
-from tests.kernels.cases import DEVICE, DTYPES, GRIDS, counts, generator, make_case, some_ids
+from tests.kernels.cases import DEVICE, DTYPES, GRIDS, counts, generator, make_case, size, some_ids
 
 pytestmark = pytest.mark.kernel
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=size)
 def test_gather_is_exact(grid: Grid, dtype: torch.dtype) -> None:
     for kept in counts(grid):
         case = make_case(grid, kept)
@@ -20,7 +20,7 @@ def test_gather_is_exact(grid: Grid, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=size)
 def test_ungather_is_exact(grid: Grid, dtype: torch.dtype) -> None:
     for kept in counts(grid):
         case, draw = make_case(grid, kept), generator(kept)
@@ -45,7 +45,7 @@ def test_every_remainder_of_a_shift() -> None:
         assert torch.equal(patch_gather(*where, impl="triton"), patch_gather(*where, impl="torch"))
 
 
-@pytest.mark.parametrize("grid", GRIDS[:4], ids=str)
+@pytest.mark.parametrize("grid", GRIDS[:4], ids=size)
 def test_backward_is_that_of_the_reference(grid: Grid) -> None:
     case = make_case(grid, (grid.patches + 1) // 2)
     gradients = []

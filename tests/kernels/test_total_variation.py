@@ -5,14 +5,14 @@ import torch
 
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.total_variation import TVNorm, total_variation
-from tests.kernels.cases import DEVICE, GRIDS, assert_near_truth, counts, make_case
+from tests.kernels.cases import DEVICE, GRIDS, assert_near_truth, counts, make_case, size
 
 pytestmark = pytest.mark.kernel
 NORMS = ("pixel", "image", "batch")
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=size)
 def test_value_and_gradient(grid: Grid, norm: TVNorm) -> None:
     for kept in counts(grid):
         case = make_case(grid, kept)

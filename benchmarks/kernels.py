@@ -1,0 +1,222 @@
+"""The kernels against their plain references, per op and shape, as share of this device's copy bandwidth.
+
+    python -m benchmarks.kernels                         the GPU, all shapes that fit into --seconds
+    SMI_FAST_AUTOTUNE=1 python -m benchmarks.kernels     time launch configurations, and print a new table of them
+    python -m benchmarks.kernels --device cpu            references alone: Triton needs a GPU
+
+Each row is checked before it is timed: the kernel's result on fresh inputs against the reference's. On a GPU a row's
+systems are captured in CUDA graphs of several calls on different inputs (more of them than fit into the L2 cache) and
+take turns; milliseconds are of one call. The reference is plain torch without custom ops, so that the compiler sees
+all of it. GB/s counts the least bytes an op must move, whatever it moves.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.engine import commit, quantile
+from benchmarks.kernel_cases import Op, Shape, all_ops
+from smi_fast.config import PAPER_STOPS
+from smi_fast.kernels.configs import tuned_table
+from smi_fast.kernels.grid import Grid
+from smi_fast.report import device_name
+from smi_fast.schedule import plan_stages
+from smi_fast.versions import versions
+
+MODELS = ((Grid(224, 224, 16), 12), (Grid(32, 32, 4), 3))  # DeiT-Base and the bundled teacher: grid, heads
+DTYPES = (torch.bfloat16, torch.float32)
+RESULTS = Path(__file__).parent / "results"
+Call = Callable[[], Any]
+
+
+def shapes(device: str, batches: list[int]) -> Iterator[Shape]:
+    """All shapes, the most telling first: the first batch of the list, large images, low precision."""
+    for batch in batches:
+        for grid, heads in MODELS:
+            stages = [stage.kept for stage in plan_stages(grid.patches, PAPER_STOPS, 4000)]
+            for dtype in DTYPES:
+                for kept in reversed(stages):
+                    yield Shape(grid, batch, kept, dtype, heads, device)
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """The tensors of a result, in order."""
+    return [result] if isinstance(result, Tensor) else [t for part in result for t in tensors_of(part)]
+
+
+def check(op: Op, function: Callable[..., Any], system: str, draw: torch.Generator) -> None:
+    """Hold a system's result on fresh inputs against the eager reference's.
+
+    Raises:
+        AssertionError: they differ by more than the op's tolerance, or something is not finite.
+    """
+    state = draw.get_state()
+    expected = tensors_of(op.wrap(op.reference)(*op.draw(draw)))
+    draw.set_state(state)
+    found = tensors_of(function(*op.draw(draw)))
+    assert len(found) == len(expected)
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        difference = (one.double() - other.double()).norm()
+        error = float(difference / other.double().norm().clamp(min=1e-30))
+        assert error <= op.tolerance, f"{op.name}, {system}: result {index} is off by {error:.3g} > {op.tolerance}"
+
+
+def graph_of(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> Call:
+    """A replay of one call on each set of arguments."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            for arguments in sets:
+                function(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for arguments in sets:
+            function(*arguments)
+    return graph.replay
+
+
+def timed(call: Call, device: str) -> float:
+    """Seconds of one call."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def systems_of(op: Op, shape: Shape, compiled: bool) -> dict[str, Callable[..., Any]]:
+    """By name: what is timed at this shape."""
+    systems: dict[str, Callable[..., Any]] = {"eager": op.wrap(op.reference)}
+    if compiled:
+        torch._dynamo.reset()
+        systems["compiled"] = op.wrap(torch.compile(op.reference, fullgraph=True, dynamic=False))
+    if shape.device != "cpu":
+        systems["triton"] = op.kernel
+    return systems
+
+
+def measure(op: Op, shape: Shape, rounds: int, compiled: bool, copy: float) -> dict[str, Any]:
+    """One row: correctness, then rounds in which the systems take turns."""
+    draw = torch.Generator(shape.device).manual_seed(torch.seed() % 2**31)
+    systems = systems_of(op, shape, compiled)
+    for name, function in systems.items():
+        if name != "eager":
+            check(op, function, name, draw)
+    cache = 0 if shape.device == "cpu" else 2 * torch.cuda.get_device_properties(shape.device).L2_cache_size
+    sets = [op.draw(draw) for _ in range(min(16, 2 + cache // op.least_bytes))]
+    calls: dict[str, Call] = {}
+    for name, function in systems.items():
+        if shape.device == "cpu":
+            calls[name] = lambda function=function: [function(*arguments) for arguments in sets]
+            calls[name]()
+        else:
+            calls[name] = graph_of(function, sets)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(timed(call, shape.device) / len(sets))
+    return row(op, shape, seconds, copy)
+
+
+def row(op: Op, shape: Shape, seconds: dict[str, list[float]], copy: float) -> dict[str, Any]:
+    """One line of the CSV; what was not measured stays empty."""
+    line: dict[str, Any] = {
+        "op": op.name,
+        "image": shape.grid.height,
+        "patch": shape.grid.patch,
+        "batch": shape.batch,
+        "kept": shape.kept,
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "least_bytes": op.least_bytes,
+    }
+    for name in ("eager", "compiled", "triton"):
+        times = seconds.get(name)
+        for share in (20, 50, 80):
+            line[f"{name}_us_p{share}"] = round(quantile(times, share / 100) * 1e6, 2) if times else ""
+    ours = seconds.get("triton")
+    speed = op.least_bytes / statistics.median(ours) if ours else 0.0
+    line["triton_gb_per_s"] = round(speed / 1e9, 1) if ours else ""
+    line["share_of_copy"] = round(speed / copy, 3) if ours else ""
+    for name in ("eager", "compiled"):
+        pairs = zip(seconds.get(name, []), ours or [], strict=False)
+        ratios = [theirs / mine for theirs, mine in pairs]
+        line[f"speed_up_over_{name}"] = round(statistics.median(ratios), 2) if ratios else ""
+    return line
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second of a large copy on the device, read and written, median of 20."""
+    size = 2**30 if device != "cpu" else 2**27
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * size / statistics.median(timed(lambda: target.copy_(source), device) for _ in range(20))
+
+
+def run(device: str, batches: list[int], rounds: int, seconds: float, only: str) -> list[dict[str, Any]]:
+    """Rows until the time is spent; what was left out is printed."""
+    begin, copy = time.monotonic(), copy_bandwidth(device)
+    print(f"{device_name(torch.device(device))}: a large copy moves {copy / 1e9:.0f} GB/s", flush=True)
+    about = {"copy_gb_per_s": round(copy / 1e9, 1), "device_name": device_name(torch.device(device))}
+    about |= {"torch": versions()["torch"], "triton": versions()["triton"], "commit": commit(), "rounds": rounds}
+    rows = []
+    for number, shape in enumerate(shapes(device, batches)):
+        if time.monotonic() - begin > seconds:
+            print(f"left out for want of time: this and later shapes: {shape}", flush=True)
+            break
+        # compiling takes seconds a row: the first batch, and there the last stage and the dense one
+        compiled = shape.batch == batches[0] and number % 5 in (0, 4)
+        for op in all_ops(shape):
+            if only not in op.name:
+                continue
+            line = measure(op, shape, rounds, compiled, copy) | about
+            rows.append(line)
+            print(
+                f"{line['op']:50s} {shape.grid.height}/{shape.grid.patch} B={shape.batch:3d} K={shape.kept:3d} "
+                f"{line['dtype']:8s} eager {line['eager_us_p50']!s:>9} us  compiled {line['compiled_us_p50']!s:>9}  "
+                f"triton {line['triton_us_p50']!s:>8}  share of copy {line['share_of_copy']}",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batches", type=int, nargs="+", default=[128, 119, 32, 256, 479])
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--seconds", type=float, default=600.0, help="start no shape after that many")
+    parser.add_argument("--only", default="", help="ops whose name contains this")
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here: --device cpu times the references alone")
+    rows = run(args.device, args.batches, args.rounds, args.seconds, args.only)
+    out = args.out or RESULTS / f"kernels-{args.device}.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"written to {out}")
+    if tuned_table():
+        print(f"PINNED, as measured:\n{tuned_table()}")
+
+
+if __name__ == "__main__":
+    main()
