@@ -8,22 +8,42 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 failed=0
 
+note() {  # exit code, name
+    [ "$1" -eq 0 ] && return
+    echo "== $2 failed with exit code $1 (124: out of time)"
+    failed=1
+}
+
 part() {  # seconds, name, command ...
     local limit=$1 name=$2
     shift 2
     echo "== $name"
     timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/gpu-$name.log"
-    local status=${PIPESTATUS[0]}
-    if [ "$status" -ne 0 ]; then
-        echo "== $name failed with exit code $status (124: ran past its $limit seconds)"
-        failed=1
-    fi
+    note "${PIPESTATUS[0]}" "$name"
 }
 
 part 30 device "$PYTHON" -m smi_fast doctor
 part 20 driver nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm,memory.total --format=csv
-part 200 tests "$PYTHON" -m pytest -m "kernel or gpu" tests/kernels tests/test_gpu.py -p no:cacheprovider --durations=5
-part 160 kernels "$PYTHON" -m benchmarks.kernels --seconds 120 --out "$OUT/kernels-cuda.csv"
+
+# most of a test's time is compiling kernels, one core each: a process a file
+echo "== tests"
+declare -A running
+for file in tests/kernels/test_*.py tests/test_gpu.py; do
+    name=$(basename "$file" .py)
+    [ "$name" = test_ahead_of_time ] && continue
+    timeout --kill-after=10 200 "$PYTHON" -m pytest -m "kernel or gpu" "$file" -p no:cacheprovider --durations=3 \
+        > "$OUT/gpu-$name.log" 2>&1 &
+    running[$name]=$!
+done
+for name in "${!running[@]}"; do
+    wait "${running[$name]}"
+    status=$?
+    echo "$name: $(tail -n 1 "$OUT/gpu-$name.log")"
+    [ "$status" -eq 0 ] || grep -E "^(E  |FAILED|ERROR)" "$OUT/gpu-$name.log" | head -n 40
+    note "$status" "$name"
+done
+
+part 160 kernels "$PYTHON" -m benchmarks.kernels --seconds 120 --compiled 1 --out "$OUT/kernels-cuda.csv"
 part 130 engine "$PYTHON" -m benchmarks.engine --device cuda --model deit_base_patch16_224 --batch 64 --quick \
     --stages sparse --rounds 7 --steps 5 --out "$OUT/engine-cuda-deit_base_patch16_224-b64.csv"
 exit $failed

@@ -167,23 +167,29 @@ def copy_bandwidth(device: str) -> float:
     return 2 * size / statistics.median(timed(lambda: target.copy_(source), device) for _ in range(20))
 
 
-def run(device: str, batches: list[int], rounds: int, seconds: float, only: str) -> list[dict[str, Any]]:
+def ends(shape: Shape) -> bool:
+    """Is it the last stage's shape, or the dense one's?"""
+    stages = plan_stages(shape.grid.patches, PAPER_STOPS, 4000)
+    return shape.kept in (stages[0].kept, stages[-1].kept)
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows until the time is spent; what was left out is printed."""
+    device, batches, rounds = args.device, args.batches, args.rounds
     begin, copy = time.monotonic(), copy_bandwidth(device)
     print(f"{device_name(torch.device(device))}: a large copy moves {copy / 1e9:.0f} GB/s", flush=True)
     about = {"copy_gb_per_s": round(copy / 1e9, 1), "device_name": device_name(torch.device(device))}
     about |= {"torch": versions()["torch"], "triton": versions()["triton"], "commit": commit(), "rounds": rounds}
     rows = []
-    for number, shape in enumerate(shapes(device, batches)):
-        if time.monotonic() - begin > seconds:
+    compiled_shapes = [shape for shape in shapes(device, batches[:1]) if ends(shape)][: args.compiled]
+    for shape in shapes(device, batches):
+        if time.monotonic() - begin > args.seconds:
             print(f"left out for want of time: this and later shapes: {shape}", flush=True)
             break
-        # compiling takes seconds a row: the first batch, and there the last stage and the dense one
-        compiled = shape.batch == batches[0] and number % 5 in (0, 4)
         for op in all_ops(shape):
-            if only not in op.name:
+            if args.only not in op.name:
                 continue
-            line = measure(op, shape, rounds, compiled, copy) | about
+            line = measure(op, shape, rounds, shape in compiled_shapes, copy) | about
             rows.append(line)
             print(
                 f"{line['op']:50s} {shape.grid.height}/{shape.grid.patch} B={shape.batch:3d} K={shape.kept:3d} "
@@ -201,12 +207,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 119, 32, 256, 479])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--seconds", type=float, default=600.0, help="start no shape after that many")
+    parser.add_argument("--compiled", type=int, default=8, help="compile the references of so many shapes (slow)")
     parser.add_argument("--only", default="", help="ops whose name contains this")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here: --device cpu times the references alone")
-    rows = run(args.device, args.batches, args.rounds, args.seconds, args.only)
+    rows = run(args)
     out = args.out or RESULTS / f"kernels-{args.device}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:

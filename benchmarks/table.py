@@ -52,10 +52,13 @@ def engine_table() -> str:
 
 def kernel_table(device: str) -> str:
     """Every op at the last stage and dense; microseconds are medians of one call."""
-    rows = [row for row in rows_of(f"kernels-{device}.csv") if row["compiled_us_p50"]]
+    rows = rows_of(f"kernels-{device}.csv")
     if not rows:
         return "Not measured: no machine with a GPU was at hand since these kernels were written.\n"
     first = rows[0]
+    kept = {image: [int(row["kept"]) for row in rows if row["image"] == image] for image in {r["image"] for r in rows}}
+    rows = [row for row in rows if int(row["kept"]) in (min(kept[row["image"]]), max(kept[row["image"]]))]
+    rows = [row for row in rows if row["batch"] == first["batch"]]
     lines = [
         f"{first['device_name']}, torch {first['torch']}, triton {first['triton']}, commit {first['commit']}; a large "
         f"copy moves {first['copy_gb_per_s']} GB/s. Medians of {first['rounds']} rounds in which the systems took "
@@ -68,7 +71,8 @@ def kernel_table(device: str) -> str:
         triton = f"{row['triton_us_p50']} ({row['triton_us_p20']} to {row['triton_us_p80']})"
         lines.append(
             f"| {row['op']} | {row['image']}/{row['patch']} | {row['batch']} | {row['kept']} | {row['dtype']} | "
-            f"{int(row['least_bytes']) / 1e6:.2f} | {row['eager_us_p50']} | {row['compiled_us_p50']} | "
+            f"{int(row['least_bytes']) / 1e6:.2f} | {row['eager_us_p50']} | "
+            f"{row['compiled_us_p50'] or 'not measured'} | "
             f"{triton if row['triton_us_p50'] else 'not measured'} | {row['share_of_copy'] or 'not measured'} |"
         )
     return "\n".join(lines) + "\n"

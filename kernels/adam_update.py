@@ -321,8 +321,6 @@ def adam_update(
     Raises:
         ValueError: a shape, dtype, device, norm or ``impl`` that does not fit.
     """
-    height, width, patch = *target.canvas.shape[2:4], target.first.shape[-1]
-    grid = Grid(height, width, patch)
     kind = (target.canvas.dtype,)
     state = {name: (getattr(target, name), "B A 3 P P", kind) for name in ("first", "second")}
     expected = {
@@ -342,7 +340,10 @@ def adam_update(
     }
     if gradient.patches is not None:
         expected["gradient.patches"] = (gradient.patches, "B A 3 P P", kind)
-    check("adam_update", expected, P=patch, L=grid.patches, N=grid.patch_values)
+    sizes = check("adam_update", expected)
+    grid = Grid(sizes["H"], sizes["W"], sizes["P"])
+    if (sizes["L"], sizes["N"]) != (grid.patches, grid.patch_values):
+        check("adam_update", expected, L=grid.patches, N=grid.patch_values)  # says which
     if tv is not None:
         check_norm("adam_update", tv.norm)
     if choose("adam_update", impl, target.canvas, _unsupported(target, gradient)) == "torch":

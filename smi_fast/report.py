@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from smi_fast.engine import Inverter
+from smi_fast.engine.state import uses_kernels
 from smi_fast.flops import run_flops
 from smi_fast.images import SparseImages
+from smi_fast.kernels.patch_mask import kept_statistics
 from smi_fast.schedule import sparsity
 from smi_fast.versions import versions
 
@@ -31,6 +33,7 @@ def build_report(inverter: Inverter, images: SparseImages, interrupted: bool = F
     """
     model, config, stats = inverter.model, inverter.config, inverter.stats
     flops = run_flops(model.shape, inverter.stages)
+    mean, deviation = kept_statistics(images.pixels, images.keep, images.grid)
     failures = (images.failed_at >= 0).nonzero().flatten().tolist()
     return {
         "images": len(images),
@@ -59,10 +62,15 @@ def build_report(inverter: Inverter, images: SparseImages, interrupted: bool = F
         "peak_memory_bytes": peak_memory_bytes(model.device),
         "teacher_top1": images.top1,
         "teacher_confidence": float(images.confidence.double().mean()),
+        "kept_pixels": {  # by channel, normalised colours, mean over the images
+            "mean": mean.mean(0).tolist(),
+            "std": deviation.mean(0).tolist(),
+        },
         "failed": [{"image_id": int(images.image_ids[i]), "iteration": int(images.failed_at[i])} for i in failures],
         "config": config.to_dict(),
         "batch_size": inverter.batch_size,
         "impl": inverter.impl,
+        "kernels": "triton" if uses_kernels(model) else "torch",
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device_name(model.device),
         "model": {"name": model.info.name, "sha256": model.info.sha256},

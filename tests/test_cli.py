@@ -21,6 +21,7 @@ from smi_fast.cli.invert import even_batch_size
 from smi_fast.cli.options import parse_device, parse_dtype, parse_stops
 from smi_fast.cli.progress import BarProgress
 from smi_fast.images import Process
+from smi_fast.kernels.patch_mask import take_patches
 from smi_fast.schedule import plan_stages
 
 SMALL = ["--model", "demo", "--iterations", "6", "--stop", "2:0.3", "--stop", "4:0.3", "--impl", "eager", "--quiet"]
@@ -60,7 +61,15 @@ def test_report(finished: Path) -> None:
         "images", "iterations", "sparsity", "stages", "seconds_compile", "seconds_run", "seconds_per_image",
         "image_iterations_per_s", "flops", "peak_memory_bytes", "teacher_top1", "teacher_confidence", "config",
         "model", "versions", "seed", "impl", "dtype", "device", "batch_size", "failed", "interrupted",
+        "kernels", "kept_pixels",
     } == set(report)  # fmt: skip
+    assert report["kernels"] == "torch"
+    patches = take_patches(images.pixels, images.keep, images.grid)  # [B, K, 3, P, P]
+    for channel in range(3):
+        every = patches[:, :, channel].unbind(0)
+        mean, std = (sum(float(f(x)) for x in every) / 6 for f in (torch.mean, lambda x: x.std(correction=0)))
+        assert report["kept_pixels"]["mean"][channel] == pytest.approx(mean, rel=1e-4, abs=1e-5)
+        assert report["kept_pixels"]["std"][channel] == pytest.approx(std, rel=1e-4)
     assert report["images"] == 6
     assert report["sparsity"] == pytest.approx(1 - 30 / 64)
     assert [(s["start"], s["end"], s["kept"], s["tokens"]) for s in report["stages"]] == [

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
+from smi_fast.engine.compiler import why_not_compile
 from smi_fast.kernels import adam_update as adam_module
 from smi_fast.kernels import cls_attention as attention_module
 from smi_fast.kernels import patch_gather as gather_module
@@ -93,6 +94,34 @@ def test_gradient_of_the_attention_op_is_that_of_autograd() -> None:
 def test_gradcheck() -> None:
     pixels = canvas().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: patch_gather(x, KEEP, SHIFT, FLIP, 4, torch.float64), (pixels,))
+
+
+def test_gradcheck_of_the_attention_op() -> None:
+    draw = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, 3, n, 5, dtype=torch.float64, generator=draw).requires_grad_() for n in (2, 7, 7)]
+    assert torch.autograd.gradcheck(lambda *three: attention_module._attend(*three, 2), leaves)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiled)])
+def test_full_graph_of_all_ops(backend: str) -> None:
+    """The ops as they stand in a graph on a GPU, on their CPU bodies."""
+    if backend == "inductor" and why_not_compile("cpu"):
+        pytest.skip(f"inductor does not work here: {why_not_compile('cpu')}")
+    pixels, draw = canvas(torch.float32), torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, 3, n, 8, generator=draw) for n in (1, 7, 7))
+
+    def everything(pixels: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        windows = gather_module._gather(pixels, KEEP, SHIFT, FLIP, 4, torch.float32, "torch")
+        amount, slope = tv_module._tv_op(pixels, KEEP, 4, "image")
+        out, rows = attention_module._attend(query, key, value, 1)
+        slots = select_module._select(rows.mean(1), 3)
+        kept = select_module._remap(rows.mean(1), slots)
+        mean, deviation = mask_module._statistics(pixels, KEEP, 4)
+        return windows.sum() + amount.sum(), slope, out, kept, mean, deviation
+
+    arguments = (pixels, query, key, value)
+    compiled = torch.compile(everything, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(*arguments), everything(*arguments))
 
 
 def test_full_graph() -> None:

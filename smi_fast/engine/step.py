@@ -82,7 +82,7 @@ def build_step(model: SparseViT, config: InversionConfig, priors: Sequence[Prior
 
     def differentiate(state: State) -> Differentiated:
         row = state.jitter.index_select(0, state.iteration)[0]  # [B, 3]
-        shift, flip = row[:, :2], row[:, 2] == 1
+        shift, flip = row[:, :2].contiguous(), row[:, 2] == 1
         windows = patch_gather(state.canvas, state.keep, shift, flip, model.grid.patch, model.dtype)
         patches = take_patches(state.canvas, state.updated, model.grid)
         cells = target_cells(state.keep, shift, flip, model.grid)

@@ -8,11 +8,14 @@ import torch
 
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Inverter
-from smi_fast.engine.state import uses_kernels
+from smi_fast.engine.compiler import compile_step, why_not_compile
+from smi_fast.engine.state import new_state, stop_patches, uses_kernels
+from smi_fast.engine.step import build_step
 from smi_fast.images import SparseImages
 from smi_fast.kernels.dispatch import KERNELS_VARIABLE
+from smi_fast.kernels.patch_mask import patch_mask
 from smi_fast.model.sparse_vit import SparseViT
-from smi_fast.priors import L2, Prior, TotalVariation
+from smi_fast.priors import L2, Prior, TotalVariation, priors_of
 from tests.kernels.cases import DEVICE
 
 pytestmark = pytest.mark.kernel
@@ -54,3 +57,32 @@ def test_same_keep_sets_and_canvases(
     assert ours.failed_at.tolist() == [-1] * 3
     moved = (ours.pixels - plain.pixels).abs().max()
     assert moved < 1e-4, moved  # rounding of 30 steps; 2e-6 was seen
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiled)])
+@torch.no_grad()
+def test_compiled_step_equals_eager(
+    make_model: Callable[..., SparseViT], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "inductor" and why_not_compile(DEVICE):
+        pytest.skip(f"inductor does not work here: {why_not_compile(DEVICE)}")
+    model = make_model(torch.float32).to(DEVICE)
+    monkeypatch.setenv(KERNELS_VARIABLE, "triton")
+    priors = priors_of(SHORT)
+    state = new_state(model, SHORT, [0, 3, 4], [7, 0, 2], len(priors))
+    step = build_step(model, SHORT, priors)
+    assert step.in_place
+    for _ in range(2):
+        step(state)
+    state = stop_patches(state, 8, True)
+    eager, compiled = state.clone(), state.clone()
+    run = compile_step(step, state, backend)
+    for _ in range(3):
+        step(eager)
+        run(compiled)
+    for name, one, other in zip(vars(eager), eager.tensors(), compiled.tensors(), strict=False):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert compiled.spare is not None
+    stopped = ~patch_mask(state.keep, model.grid)[:, None].expand_as(state.canvas)
+    for canvas in (compiled.canvas, compiled.spare):
+        assert torch.equal(canvas[stopped], state.canvas[stopped])
