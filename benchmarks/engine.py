@@ -28,7 +28,7 @@ from smi_fast.engine.compiler import compile_step
 from smi_fast.engine.state import State, new_state, stop_patches
 from smi_fast.engine.step import build_step
 from smi_fast.flops import iteration_flops
-from smi_fast.kernels.patch_mask import put_patches
+from smi_fast.kernels.patch_cells import put_patches
 from smi_fast.model.from_timm import from_timm
 from smi_fast.model.spec import ModelInfo
 from smi_fast.priors import priors_of

@@ -59,22 +59,24 @@ def kernel_table(device: str) -> str:
     kept = {image: [int(row["kept"]) for row in rows if row["image"] == image] for image in {r["image"] for r in rows}}
     rows = [row for row in rows if int(row["kept"]) in (min(kept[row["image"]]), max(kept[row["image"]]))]
     rows = [row for row in rows if row["batch"] == first["batch"]]
+    timed = any(row["triton_us_p50"] for row in rows)
+    columns = ["op", "image/patch", "B", "K", "dtype", "least MB", "eager us", "compiled us"]
+    columns += ["Triton us", "share of copy"] if timed else []
     lines = [
         f"{first['device_name']}, torch {first['torch']}, triton {first['triton']}, commit {first['commit']}; a large "
         f"copy moves {first['copy_gb_per_s']} GB/s. Medians of {first['rounds']} rounds in which the systems took "
-        "turns (20th to 80th percentile of the last column's system in brackets); results were compared first.",
+        "turns; results were compared first.",
         "",
-        "| op | image/patch | B | K | dtype | least MB | eager us | compiled us | Triton us | share of copy |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(columns)} |",
+        "|" + " --- |" * len(columns),
     ]
     for row in rows:
-        triton = f"{row['triton_us_p50']} ({row['triton_us_p20']} to {row['triton_us_p80']})"
-        lines.append(
-            f"| {row['op']} | {row['image']}/{row['patch']} | {row['batch']} | {row['kept']} | {row['dtype']} | "
-            f"{int(row['least_bytes']) / 1e6:.2f} | {row['eager_us_p50']} | "
-            f"{row['compiled_us_p50'] or 'not measured'} | "
-            f"{triton if row['triton_us_p50'] else 'not measured'} | {row['share_of_copy'] or 'not measured'} |"
-        )
+        cells = [row["op"], f"{row['image']}/{row['patch']}", row["batch"], row["kept"], row["dtype"]]
+        cells += [f"{int(row['least_bytes']) / 1e6:.2f}", row["eager_us_p50"], row["compiled_us_p50"]]
+        if timed:
+            spread = f"{row['triton_us_p50']} ({row['triton_us_p20']} to {row['triton_us_p80']})"
+            cells += [spread if row["triton_us_p50"] else "", row["share_of_copy"]]
+        lines.append(f"| {' | '.join(cell or 'not measured' for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,7 @@ from smi_fast.cli.invert import even_batch_size
 from smi_fast.cli.options import parse_device, parse_dtype, parse_stops
 from smi_fast.cli.progress import BarProgress
 from smi_fast.images import Process
-from smi_fast.kernels.patch_mask import take_patches
+from smi_fast.kernels.patch_cells import take_patches
 from smi_fast.schedule import plan_stages
 
 SMALL = ["--model", "demo", "--iterations", "6", "--stop", "2:0.3", "--stop", "4:0.3", "--impl", "eager", "--quiet"]

@@ -19,7 +19,7 @@ from smi_fast.engine.snapshots import default_iterations
 from smi_fast.engine.state import learning_rates, rate_table
 from smi_fast.engine.streams import jitter_table, start_canvas, still_iterations
 from smi_fast.images import SparseImages
-from smi_fast.kernels.patch_mask import take_patches
+from smi_fast.kernels.patch_cells import take_patches
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.priors import View, priors_of
 

@@ -13,7 +13,7 @@ from smi_fast.engine.compiler import compile_step, trace_step, why_not_compile
 from smi_fast.engine.state import State, new_state, stop_patches
 from smi_fast.engine.step import build_step
 from smi_fast.kernels.grid import target_cells
-from smi_fast.kernels.patch_mask import take_patches
+from smi_fast.kernels.patch_cells import take_patches
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.priors import priors_of
 

@@ -8,6 +8,7 @@ from torch.library import opcheck
 from smi_fast.engine.compiler import why_not_compile
 from smi_fast.kernels import adam_update as adam_module
 from smi_fast.kernels import cls_attention as attention_module
+from smi_fast.kernels import patch_cells as cells_module
 from smi_fast.kernels import patch_gather as gather_module
 from smi_fast.kernels import patch_mask as mask_module
 from smi_fast.kernels import select_patches as select_module
@@ -33,8 +34,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     pixels = pixels.detach()
     windows = patch_gather(pixels, KEEP, SHIFT, FLIP, 4, dtype)
     opcheck(gather_module._ungather, (windows, SLOTS, KEEP, SHIFT, FLIP, [8, 12, 4], "torch"))
-    opcheck(mask_module._take, (pixels, KEEP, 4))
-    opcheck(mask_module._put, (pixels, KEEP, torch.randn(2, 3, 3, 4, 4, dtype=pixels.dtype)))
+    opcheck(cells_module._take, (pixels, KEEP, 4))
+    opcheck(cells_module._put, (pixels, KEEP, torch.randn(2, 3, 3, 4, 4, dtype=pixels.dtype)))
     opcheck(tv_module._halo_op, (pixels, KEEP, 4))
     for norm in ("pixel", "image", "batch"):
         opcheck(tv_module._tv_op, (pixels, KEEP, 4, norm))

@@ -11,7 +11,8 @@ from torch import Tensor
 from smi_fast.kernels.adam_update import AdamConstants, adam_step
 from smi_fast.kernels.cls_attention import cls_attention
 from smi_fast.kernels.grid import Grid
-from smi_fast.kernels.patch_mask import composite, patch_mask, put_patches, take_patches
+from smi_fast.kernels.patch_cells import put_patches, take_patches
+from smi_fast.kernels.patch_mask import composite, patch_mask
 from smi_fast.kernels.select_patches import remap, select_patches
 
 LOW, HIGH = (-2.1, -2.0, -1.8), (2.2, 2.4, 2.6)

@@ -17,8 +17,8 @@ from smi_fast.config import InversionConfig
 from smi_fast.engine.state import State, uses_kernels
 from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Updated, adam_update
 from smi_fast.kernels.grid import target_cells
+from smi_fast.kernels.patch_cells import take_patches
 from smi_fast.kernels.patch_gather import patch_gather
-from smi_fast.kernels.patch_mask import take_patches
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.priors import Prior, TotalVariation, View
 
