@@ -23,7 +23,7 @@ part() {  # seconds, name, command ...
 }
 
 part 30 device "$PYTHON" -m smi_fast doctor
-part 20 driver nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm,memory.total --format=csv
+part 10 driver nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm,memory.total --format=csv
 
 # most of a test's time is compiling kernels, one core each: a process a file
 echo "== tests"
@@ -31,7 +31,7 @@ declare -A running
 for file in tests/kernels/test_*.py tests/test_gpu.py; do
     name=$(basename "$file" .py)
     [ "$name" = test_ahead_of_time ] && continue
-    timeout --kill-after=10 200 "$PYTHON" -m pytest -m "kernel or gpu" "$file" -p no:cacheprovider --durations=3 \
+    timeout --kill-after=10 180 "$PYTHON" -m pytest -m "kernel or gpu" "$file" -p no:cacheprovider --durations=3 \
         > "$OUT/gpu-$name.log" 2>&1 &
     running[$name]=$!
 done
@@ -43,7 +43,7 @@ for name in "${!running[@]}"; do
     note "$status" "$name"
 done
 
-part 160 kernels "$PYTHON" -m benchmarks.kernels --seconds 120 --compiled 1 --out "$OUT/kernels-cuda.csv"
-part 130 engine "$PYTHON" -m benchmarks.engine --device cuda --model deit_base_patch16_224 --batch 64 --quick \
+part 120 kernels "$PYTHON" -m benchmarks.kernels --seconds 85 --compiled 1 --out "$OUT/kernels-cuda.csv"
+part 190 engine "$PYTHON" -m benchmarks.engine --device cuda --model deit_base_patch16_224 --batch 64 --quick \
     --stages sparse --rounds 7 --steps 5 --out "$OUT/engine-cuda-deit_base_patch16_224-b64.csv"
 exit $failed
