@@ -317,6 +317,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="published, tuned and the bf16 compiled system alone")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: no CUDA device here")
     if "sparse" not in args.stages:
         parser.error("--stages: sparse must be among them, since speed-ups are told for it")
     setting = Setting(args.model, args.batch, args.device, args.threads)

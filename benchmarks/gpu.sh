@@ -5,6 +5,10 @@ cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "$PYTHON: its torch finds no CUDA device here (make gpu PYTHON=... for another)"
+    exit 1
+}
 mkdir -p "$OUT"
 failed=0
 

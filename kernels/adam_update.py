@@ -37,7 +37,7 @@ from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.launch import Config, Launch
 from smi_fast.kernels.patch_cells import put_patches, take_patches
-from smi_fast.kernels.patch_gather import covering_offset, patch_ungather, shift_remainder
+from smi_fast.kernels.patch_gather import covering_offset, own_pixels, patch_ungather, shift_remainder
 from smi_fast.kernels.total_variation import TVNorm, check_norm, inverse_lengths, total_variation_reference, tv_terms
 
 
@@ -150,12 +150,7 @@ def adam_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of the updated patches, a channel at a time
-    inside = pixel < count * (P * P)
-    entry = pixel // (P * P)
-    patch = tl.load(ids + image * count + entry, mask=inside, other=0).to(tl.int32)
-    y = patch // (WIDTH // P) * P + pixel % (P * P) // P
-    x = patch % (WIDTH // P) * P + pixel % P
+    place, y, x, inside = own_pixels(ids, image, count, WIDTH, P, BLOCK)
     plane = HEIGHT * WIDTH
     pixels = canvas + image * (3 * plane)
     at = y * WIDTH + x
@@ -174,7 +169,7 @@ def adam_kernel(
     g1 = tl.load(window + P * P, mask=covered, other=0.0).to(tl.float32)
     g2 = tl.load(window + 2 * P * P, mask=covered, other=0.0).to(tl.float32)
 
-    linear = image * count * (3 * P * P) + entry * (2 * P * P) + pixel
+    linear = image * count * (3 * P * P) + place
     if EXTRA:
         g0 += tl.load(extra + linear, mask=inside, other=0.0)
         g1 += tl.load(extra + linear + P * P, mask=inside, other=0.0)

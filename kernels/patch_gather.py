@@ -86,6 +86,25 @@ def shift_remainder(shift, P: tl.constexpr):
 
 
 @triton.jit
+def own_pixels(ids, image, count, WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    """The pixels of a program: its block of all pixels of the image's ``count`` patches.
+
+    Returns their place in ``[A, 3, P, P]`` (channel 0), ``y``, ``x``, and which of them there are.
+    """
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < count * (P * P)
+    if (P * P) % BLOCK == 0:  # the block lies in one patch: one id to load
+        entry = tl.program_id(0) * BLOCK // (P * P)
+        patch = tl.load(ids + image * count + entry).to(tl.int32)
+    else:
+        entry = pixel // (P * P)
+        patch = tl.load(ids + image * count + entry, mask=inside, other=0).to(tl.int32)
+    y = patch // (WIDTH // P) * P + pixel % (P * P) // P
+    x = patch % (WIDTH // P) * P + pixel % P
+    return entry * (2 * P * P) + pixel, y, x, inside
+
+
+@triton.jit
 def covering_offset(y, x, slots, ry, rx, flip, inside, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr):
     """Where the window gradients of an image hold pixel ``(y, x)``, channel 0; negative if no kept window covers it."""
     y, x = wrapped(y + ry, HEIGHT), wrapped(x + rx, WIDTH)
@@ -108,19 +127,13 @@ def gather_kernel(
     BLOCK: tl.constexpr,
 ):
     image = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of the image's windows, a channel at a time
-    inside = pixel < kept * (P * P)
-    slot = pixel // (P * P)
+    linear, y, x, inside = own_pixels(keep, image, kept, WIDTH, P, BLOCK)
     ry = shift_remainder(tl.load(shift + 2 * image), P)
     rx = shift_remainder(tl.load(shift + 2 * image + 1), P)
-    flipped = tl.load(flip + image) != 0
-
-    patch = tl.load(keep + image * kept + slot, mask=inside, other=0).to(tl.int32)
-    column = tl.where(flipped, P - 1 - pixel % P, pixel % P)
-    y = wrapped(patch // (WIDTH // P) * P + pixel % (P * P) // P - ry, HEIGHT)
-    x = wrapped(patch % (WIDTH // P) * P + column - rx, WIDTH)
+    mirrored = tl.where(tl.load(flip + image) != 0, x - x % P + (P - 1 - x % P), x)
+    y, x = wrapped(y - ry, HEIGHT), wrapped(mirrored - rx, WIDTH)
     source = canvas + image * (3 * HEIGHT * WIDTH) + y * WIDTH + x
-    target = windows + image * kept * (3 * P * P) + slot * (2 * P * P) + pixel
+    target = windows + image * kept * (3 * P * P) + linear
     for channel in tl.static_range(3):
         value = tl.load(source + channel * (HEIGHT * WIDTH), mask=inside)
         tl.store(target + channel * (P * P), value.to(windows.dtype.element_ty), mask=inside)
@@ -142,20 +155,14 @@ def ungather_kernel(
     BLOCK: tl.constexpr,
 ):
     image = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of the updated patches, a channel at a time
-    inside = pixel < count * (P * P)
-    entry = pixel // (P * P)
+    linear, y, x, inside = own_pixels(updated, image, count, WIDTH, P, BLOCK)
     ry = shift_remainder(tl.load(shift + 2 * image), P)
     rx = shift_remainder(tl.load(shift + 2 * image + 1), P)
     flipped = tl.load(flip + image) != 0
-
-    patch = tl.load(updated + image * count + entry, mask=inside, other=0).to(tl.int32)
-    y = patch // (WIDTH // P) * P + pixel % (P * P) // P
-    x = patch % (WIDTH // P) * P + pixel % P
     row = slots + image * (HEIGHT // P * (WIDTH // P))
     offset = covering_offset(y, x, row, ry, rx, flipped, inside, HEIGHT, WIDTH, P)
     source = gradient + image * kept * (3 * P * P) + offset
-    target = patches + image * count * (3 * P * P) + entry * (2 * P * P) + pixel
+    target = patches + image * count * (3 * P * P) + linear
     for channel in tl.static_range(3):
         value = tl.load(source + channel * (P * P), mask=inside & (offset >= 0), other=0.0)
         tl.store(target + channel * (P * P), value.to(tl.float32), mask=inside)

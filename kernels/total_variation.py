@@ -27,6 +27,7 @@ from smi_fast.kernels.configs import best
 from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
 from smi_fast.kernels.grid import Grid, slot_of_patch
 from smi_fast.kernels.launch import Arguments, Config, Launch
+from smi_fast.kernels.patch_gather import own_pixels
 
 TVNorm = Literal["pixel", "image", "batch"]
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
@@ -186,12 +187,7 @@ def tv_kernel(
     BLOCK: tl.constexpr,
 ):
     image = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < count * (P * P)
-    entry = pixel // (P * P)
-    patch = tl.load(updated + image * count + entry, mask=inside, other=0).to(tl.int32)
-    y = patch // (WIDTH // P) * P + pixel % (P * P) // P
-    x = patch % (WIDTH // P) * P + pixel % P
+    linear, y, x, inside = own_pixels(updated, image, count, WIDTH, P, BLOCK)
     pixels = canvas + image * (3 * HEIGHT * WIDTH)
     at = pixels + y * WIDTH + x
     x0 = tl.load(at, mask=inside, other=0.0)
@@ -207,7 +203,7 @@ def tv_kernel(
     tl.store(total + 2, tl.sum(v2, 0))
     tl.store(total + 3, tl.sum(v3, 0))
     if not SUMS:
-        target = gradient + image * count * (3 * P * P) + entry * (2 * P * P) + pixel
+        target = gradient + image * count * (3 * P * P) + linear
         tl.store(target, g0, mask=inside)
         tl.store(target + P * P, g1, mask=inside)
         tl.store(target + 2 * P * P, g2, mask=inside)

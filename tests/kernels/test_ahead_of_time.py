@@ -146,9 +146,9 @@ TABLE: list[tuple[str, Callable[[Inputs], Launch], Grid, torch.dtype, Limit]] = 
     ("total_variation sums", lambda i: variation(i, False, True), BASE, torch.float32, Limit(112, 3, 0)),
     ("total_variation image", lambda i: variation(i, False), BASE, torch.float32, Limit(112, 3, 3)),
     ("adam_update pixel", update, BASE, torch.bfloat16, Limit(120, 9, 9)),
-    # the assembler of Triton 3.9 squeezes it into 96 registers on sm_80, and spills two of them
+    # the assemblers of Triton 3.9 and 3.6 squeeze one of these each into 96 registers on sm_80, and spill two of them
     ("adam_update pixel", update, BASE, torch.float32, Limit(120, 9, 9, spills80=8)),
-    ("adam_update pixel", update, WIDE, torch.bfloat16, Limit(120, 9, 9)),
+    ("adam_update pixel", update, WIDE, torch.bfloat16, Limit(120, 9, 9, spills80=8)),
     # a pixel a thread: rows of 4 and 14 pixels are too short for wide loads in all arrays
     ("adam_update pixel", update, SMALL, torch.bfloat16, Limit(56, 0, 0)),
     ("adam_update pixel", update, LARGE, torch.bfloat16, Limit(56, 0, 0)),

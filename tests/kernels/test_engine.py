@@ -59,6 +59,24 @@ def test_same_keep_sets_and_canvases(
     assert moved < 1e-4, moved  # rounding of 30 steps; 2e-6 was seen
 
 
+@torch.no_grad()
+def test_same_losses_and_scores_after_a_stop(
+    make_model: Callable[..., SparseViT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, priors = make_model(torch.float32).to(DEVICE), (TotalVariation(0.01), L2(0.01))
+    states = []
+    for kernels in ("triton", "torch"):
+        monkeypatch.setenv(KERNELS_VARIABLE, kernels)
+        state, step = new_state(model, SHORT, [0, 3, 4], [7, 0, 2], 2), build_step(model, SHORT, priors)
+        step(state)
+        state = stop_patches(state, 5, True)
+        step(state)
+        states.append(state)
+    ours, plain = states
+    torch.testing.assert_close(ours.losses, plain.losses, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.scores, plain.scores, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiled)])
 @torch.no_grad()
 def test_compiled_step_equals_eager(
