@@ -22,6 +22,8 @@ from smi_fast.kernels.patch_cells import put_patches_reference, take_patches_ref
 from smi_fast.kernels.patch_gather import (
     patch_gather,
     patch_gather_reference,
+    patch_scatter,
+    patch_scatter_reference,
     patch_ungather,
     patch_ungather_reference,
 )
@@ -111,6 +113,24 @@ def ungather_op(s: Shape) -> Op:
         draw_all,
         lambda *args: patch_ungather_reference(*args, s.grid),
         lambda *args: patch_ungather(*args, s.grid, impl="triton"),
+        0.0,
+    )
+
+
+def scatter_op(s: Shape) -> Op:
+    """Gradient of windows to gradient of the canvas."""
+    whole = s.batch * s.grid.patches * s.grid.patch_values
+
+    def draw_all(draw: torch.Generator) -> tuple[Any, ...]:
+        windows = randn(draw, s, s.batch, s.kept, s.grid.patch_values, dtype=s.dtype)
+        return windows, slot_of_patch(ids(draw, s), s.grid.patches), *moves(draw, s)
+
+    return Op(
+        "patch_scatter",
+        s.values * s.dtype.itemsize + 4 * whole,
+        draw_all,
+        lambda *args: patch_scatter_reference(*args, s.grid),
+        lambda *args: patch_scatter(*args, s.grid, impl="triton"),
         0.0,
     )
 
@@ -245,5 +265,5 @@ def composite_op(s: Shape) -> Op:
 
 def all_ops(shape: Shape) -> list[Op]:
     """Every op at a shape."""
-    single = (gather_op, ungather_op, variation_op, update_op, select_op, composite_op)
+    single = (gather_op, ungather_op, scatter_op, variation_op, update_op, select_op, composite_op)
     return [build(shape) for build in single] + attention_ops(shape)

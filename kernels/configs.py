@@ -24,6 +24,7 @@ AUTOTUNE_VARIABLE = "SMI_FAST_AUTOTUNE"
 PINNED: dict[str, dict[int, Config]] = {
     "patch_gather": {0: Config(1024, 4)},
     "patch_ungather": {0: Config(512, 4)},
+    "patch_scatter": {0: Config(512, 4)},
     "total_variation": {0: Config(128, 4), 16: Config(256, 2), 32: Config(256, 2)},
     "adam_update": {0: Config(128, 4), 16: Config(256, 2), 32: Config(128, 1)},
     "patch_mask": {0: Config(1024, 4)},

@@ -5,12 +5,12 @@
 with ``(r, c)`` the grid cell of ``keep[b, k]``, ``(ry, rx)`` the remainder of the shift (see ``grid.py``) and
 ``j' = P - 1 - j`` under a flip, else ``j``.
 
-``patch_ungather`` is its transpose, restricted to the patches that are updated. The windows of one image are
-disjoint, so each pixel is covered by at most one of them, and the transpose is a gather as well: no atomics, and
-gradient that falls on a stopped pixel is never written.
+``patch_scatter`` is its transpose, and its backward: a canvas, 0 where no window lies. ``patch_ungather`` is that at
+the patches that are updated alone. The windows of one image are disjoint, so each pixel is covered by at most one of
+them, and every pixel looks up its own: no atomics, and gradient that falls on a stopped pixel is never written.
 
 Bytes: gather reads each kept pixel once and writes it once, ``4 + s`` bytes a value for a compute dtype of ``s``
-bytes; ungather the same the other way. That is the least that can be; windows are displaced, so reads of the canvas
+bytes; ungather the same the other way, and scatter writes the whole canvas. That is the least that can be; windows are displaced, so reads of the canvas
 are coalesced but not 16 bytes wide, writes of the windows are. In the engine's step on CUDA no ungather runs of its
 own: ``adam_update`` reads the windows' gradient where it needs it.
 
@@ -69,6 +69,14 @@ def patch_ungather_reference(
     source = source[:, :, None] + torch.arange(3, device=gradient.device)[:, None, None] * (patch * patch)
     values = gradient.reshape(batch, -1).gather(1, source.reshape(batch, -1)).reshape(source.shape)
     return torch.where(slot[:, :, None] >= 0, values.to(torch.promote_types(values.dtype, torch.float32)), 0.0)
+
+
+def patch_scatter_reference(gradient: Tensor, slots: Tensor, shift: Tensor, flip: Tensor, grid: Grid) -> Tensor:
+    """Plain torch; shapes as in `patch_scatter`."""
+    everything = torch.arange(grid.patches, device=slots.device).repeat(len(slots), 1)
+    patches = patch_ungather_reference(gradient, slots, everything, shift, flip, grid)
+    patches = patches.unflatten(1, (grid.rows, grid.columns)).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(len(slots), 3, grid.height, grid.width)
 
 
 @triton.jit
@@ -168,6 +176,34 @@ def ungather_kernel(
         tl.store(target + channel * (P * P), value.to(tl.float32), mask=inside)
 
 
+@triton.jit(do_not_specialize=["kept"])
+def scatter_kernel(
+    gradient,  # [B, K, 3, P, P]
+    slots,  # [B, L] int32
+    shift,  # [B, 2] int64
+    flip,  # [B] bool
+    canvas,  # [B, 3, H, W]
+    kept,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < HEIGHT * WIDTH
+    ry = shift_remainder(tl.load(shift + 2 * image), P)
+    rx = shift_remainder(tl.load(shift + 2 * image + 1), P)
+    flipped = tl.load(flip + image) != 0
+    row = slots + image * (HEIGHT // P * (WIDTH // P))
+    offset = covering_offset(pixel // WIDTH, pixel % WIDTH, row, ry, rx, flipped, inside, HEIGHT, WIDTH, P)
+    source = gradient + image * kept * (3 * P * P) + offset
+    target = canvas + image * (3 * HEIGHT * WIDTH) + pixel
+    for channel in tl.static_range(3):
+        value = tl.load(source + channel * (P * P), mask=inside & (offset >= 0), other=0.0)
+        tl.store(target + channel * (HEIGHT * WIDTH), value.to(tl.float32), mask=inside)
+
+
 def gather_launch(
     canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, windows: Tensor, patch: int, config: Config | None = None
 ) -> Launch:
@@ -205,6 +241,27 @@ def ungather_launch(
     )
 
 
+def scatter_launch(
+    gradient: Tensor,
+    place: tuple[Tensor, Tensor, Tensor],
+    canvas: Tensor,
+    patch: int,
+    config: Config | None = None,
+) -> Launch:
+    """Launch of the scatter into ``canvas``, ``[B, 3, H, W]``; ``place``: slots, shift, flip."""
+    slots, shift, flip = place
+    batch, _, height, width = canvas.shape
+    config = config or best("patch_scatter", patch, lambda c: scatter_launch(gradient, place, canvas, patch, c))
+    tensors = {"gradient": gradient, "slots": slots, "shift": shift, "flip": flip, "canvas": canvas}
+    return Launch(
+        scatter_kernel,
+        (triton.cdiv(height * width, config.block), batch),
+        {**tensors, "kept": gradient.shape[1]},
+        {"HEIGHT": height, "WIDTH": width, "P": patch, "BLOCK": config.block},
+        config.warps,
+    )
+
+
 @torch.library.custom_op("smi_fast::patch_gather", mutates_args=())
 def _gather(
     canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patch: int, dtype: torch.dtype, impl: str
@@ -231,11 +288,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _gather_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
     keep, shift, flip = ctx.saved_tensors
     grid: Grid = ctx.grid
-    everything = torch.arange(grid.patches, device=keep.device).repeat(len(keep), 1)
     slots = slot_of_patch(keep, grid.patches)
-    patches = patch_ungather(gradient, slots, everything, shift, flip, grid, impl=ctx.impl)
-    patches = patches.unflatten(1, (grid.rows, grid.columns)).permute(0, 3, 1, 4, 2, 5)
-    canvas = patches.reshape(len(keep), 3, grid.height, grid.width).to(ctx.dtype)
+    canvas = patch_scatter(gradient, slots, shift, flip, grid, impl=ctx.impl).to(ctx.dtype)
     return canvas, None, None, None, None, None, None
 
 
@@ -261,6 +315,23 @@ def _(
 ) -> Tensor:
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     return gradient.new_empty(*updated.shape, 3, side[2], side[2], dtype=dtype)
+
+
+@torch.library.custom_op("smi_fast::patch_scatter", mutates_args=())
+def _scatter(gradient: Tensor, slots: Tensor, shift: Tensor, flip: Tensor, side: list[int], impl: str) -> Tensor:
+    grid = Grid(*side)
+    if impl == "torch":
+        return patch_scatter_reference(gradient, slots, shift, flip, grid)
+    canvas = gradient.new_empty(len(slots), 3, grid.height, grid.width, dtype=torch.float32)
+    place = (slots.contiguous(), shift.contiguous(), flip.contiguous())
+    scatter_launch(gradient.contiguous(), place, canvas, grid.patch).run()
+    return canvas
+
+
+@_scatter.register_fake
+def _(gradient: Tensor, slots: Tensor, shift: Tensor, flip: Tensor, side: list[int], impl: str) -> Tensor:
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return gradient.new_empty(slots.shape[0], 3, side[0], side[1], dtype=dtype)
 
 
 def patch_gather(
@@ -345,3 +416,31 @@ def patch_ungather(
     side = [grid.height, grid.width, grid.patch]
     patches: Tensor = _ungather(gradient, slots, updated, shift, flip, side, chosen)
     return patches
+
+
+def patch_scatter(
+    gradient: Tensor, slots: Tensor, shift: Tensor, flip: Tensor, grid: Grid, *, impl: Impl | None = None
+) -> Tensor:
+    """The transpose of `patch_gather`: the gradient of the windows as that of a canvas.
+
+    Args:
+        gradient, slots, shift, flip: as in `patch_ungather`.
+        impl: see ``dispatch.py``.
+
+    Returns:
+        ``[B, 3, H, W]`` float32 (float64 for a float64 gradient), 0 where no window lies.
+
+    Raises:
+        ValueError: a shape, dtype, device or ``impl`` that does not fit.
+    """
+    expected = {
+        "gradient": (gradient, "B K N", FLOATS),
+        "slots": (slots, "B L", (torch.int32,)),
+        "shift": (shift, "B 2", IDS),
+        "flip": (flip, "B", BOOL),
+    }
+    check("patch_scatter", expected, N=grid.patch_values, L=grid.patches)
+    double = "float64 has no kernel" if gradient.dtype == torch.float64 else None
+    chosen = choose("patch_scatter", impl, gradient, double)
+    canvas: Tensor = _scatter(gradient, slots, shift, flip, [grid.height, grid.width, grid.patch], chosen)
+    return canvas

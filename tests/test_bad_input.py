@@ -13,7 +13,7 @@ from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Up
 from smi_fast.kernels.cls_attention import cls_attention
 from smi_fast.kernels.grid import Grid, slot_of_patch
 from smi_fast.kernels.patch_cells import put_patches, take_patches
-from smi_fast.kernels.patch_gather import patch_gather, patch_ungather
+from smi_fast.kernels.patch_gather import patch_gather, patch_scatter, patch_ungather
 from smi_fast.kernels.patch_mask import composite, kept_statistics, patch_mask
 from smi_fast.kernels.select_patches import remap, select_patches
 from smi_fast.kernels.total_variation import total_variation
@@ -52,6 +52,10 @@ OPS = {
     "patch_ungather": Op(
         lambda **t: patch_ungather(**t, grid=GRID),
         {"gradient": WINDOWS, "slots": SLOTS, "updated": KEEP, "shift": SHIFT, "flip": FLIP},
+    ),
+    "patch_scatter": Op(
+        lambda **t: patch_scatter(**t, grid=GRID),
+        {"gradient": WINDOWS, "slots": SLOTS, "shift": SHIFT, "flip": FLIP},
     ),
     "total_variation": Op(
         lambda **t: total_variation(**t, grid=GRID, norm="pixel"), {"canvas": CANVAS, "updated": KEEP}

@@ -1,7 +1,10 @@
 """Which implementation runs, what is refused, and how launch configurations are found; no kernel is launched."""
 
 import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +59,17 @@ def test_cuda_takes_kernels_unless_they_are_off_or_cannot(monkeypatch: pytest.Mo
         choose("op", "triton", cuda, "float64 has no kernel")
     monkeypatch.setenv(KERNELS_VARIABLE, "torch")
     assert choose("op", None, cuda) == "torch"
+
+
+def test_everything_imports_without_triton() -> None:
+    lines = [
+        "import sys; sys.modules['triton'] = None",
+        "import smi_fast.cli, torch",
+        "from smi_fast.kernels import dispatch, grid, patch_mask",
+        "assert not dispatch.HAS_TRITON",
+        "assert patch_mask.patch_mask(torch.tensor([[2]]), grid.Grid(4, 4, 2)).sum() == 4",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=Path(__file__).parent.parent)
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     pixels = pixels.detach()
     windows = patch_gather(pixels, KEEP, SHIFT, FLIP, 4, dtype)
     opcheck(gather_module._ungather, (windows, SLOTS, KEEP, SHIFT, FLIP, [8, 12, 4], "torch"))
+    opcheck(gather_module._scatter, (windows, SLOTS, SHIFT, FLIP, [8, 12, 4], "torch"))
     opcheck(cells_module._take, (pixels, KEEP, 4))
     opcheck(cells_module._put, (pixels, KEEP, torch.randn(2, 3, 3, 4, 4, dtype=pixels.dtype)))
     opcheck(tv_module._halo_op, (pixels, KEEP, 4))

@@ -16,7 +16,7 @@ from smi_fast.kernels.cls_attention import attention_backward_launch, attention_
 from smi_fast.kernels.dispatch import HAS_TRITON, INTERPRETED
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.launch import Launch
-from smi_fast.kernels.patch_gather import gather_launch, ungather_launch
+from smi_fast.kernels.patch_gather import gather_launch, scatter_launch, ungather_launch
 from smi_fast.kernels.patch_mask import composite_launch, mask_launch, statistics_launch
 from smi_fast.kernels.select_patches import remap_launch, select_launch
 from smi_fast.kernels.total_variation import TVNorm, tv_launch
@@ -86,6 +86,10 @@ def ungather(i: Inputs) -> Launch:
     return ungather_launch(i.windows, (i.slots, i.ids, *i.moves), i.patches, i.grid)
 
 
+def scatter(i: Inputs) -> Launch:
+    return scatter_launch(i.windows, (i.slots, *i.moves), i.canvas, i.grid.patch)
+
+
 def variation(i: Inputs, pixel: bool, sums: bool = False) -> Launch:
     inverse = empty(BATCH, 4, device="meta")
     tensors = {"canvas": i.canvas, "updated": i.ids, "moving": i.slots, "inverse": inverse, "gradient": i.patches}
@@ -142,6 +146,8 @@ TABLE: list[tuple[str, Callable[[Inputs], Launch], Grid, torch.dtype, Limit]] = 
     ("patch_gather", gather, LARGE, torch.bfloat16, Limit(40, 0, 0)),  # rows of 14 are not 16-byte aligned
     ("patch_ungather", ungather, BASE, torch.bfloat16, Limit(32, 0, 3)),
     ("patch_ungather", ungather, SMALL, torch.bfloat16, Limit(32, 0, 3)),
+    ("patch_scatter", scatter, BASE, torch.bfloat16, Limit(32, 0, 3)),
+    ("patch_scatter", scatter, SMALL, torch.bfloat16, Limit(32, 0, 3)),
     ("total_variation pixel", lambda i: variation(i, True), BASE, torch.float32, Limit(112, 3, 3)),
     ("total_variation sums", lambda i: variation(i, False, True), BASE, torch.float32, Limit(112, 3, 0)),
     ("total_variation image", lambda i: variation(i, False), BASE, torch.float32, Limit(112, 3, 3)),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from smi_fast.kernels.grid import Grid, slot_of_patch
-from smi_fast.kernels.patch_gather import patch_gather, patch_ungather
+from smi_fast.kernels.patch_gather import patch_gather, patch_scatter, patch_ungather
 from tests.kernels.cases import DEVICE, DTYPES, GRIDS, counts, generator, make_case, size, some_ids
 
 pytestmark = pytest.mark.kernel
@@ -30,6 +30,16 @@ def test_ungather_is_exact(grid: Grid, dtype: torch.dtype) -> None:
         for updated in (case.keep, everything, some_ids(grid, 3, 1 + kept // 2, draw)):
             where = (gradient, slots, updated, case.shift, case.flip, grid)
             assert torch.equal(patch_ungather(*where, impl="triton"), patch_ungather(*where, impl="torch"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=size)
+def test_scatter_is_exact(grid: Grid, dtype: torch.dtype) -> None:
+    for kept in counts(grid):
+        case, draw = make_case(grid, kept), generator(kept + 3)
+        gradient = torch.randn(3, kept, grid.patch_values, generator=draw).to(DEVICE, dtype)
+        where = (gradient, slot_of_patch(case.keep, grid.patches), case.shift, case.flip, grid)
+        assert torch.equal(patch_scatter(*where, impl="triton"), patch_scatter(*where, impl="torch"))
 
 
 def test_every_remainder_of_a_shift() -> None:
