@@ -10,11 +10,11 @@ the patches that are updated alone. The windows of one image are disjoint, so ea
 them, and every pixel looks up its own: no atomics, and gradient that falls on a stopped pixel is never written.
 
 Bytes: gather reads each kept pixel once and writes it once, ``4 + s`` bytes a value for a compute dtype of ``s``
-bytes; ungather the same the other way, and scatter writes the whole canvas. That is the least that can be; windows are displaced, so reads of the canvas
-are coalesced but not 16 bytes wide, writes of the windows are. In the engine's step on CUDA no ungather runs of its
-own: ``adam_update`` reads the windows' gradient where it needs it.
+bytes; ungather the same the other way, and scatter writes the whole canvas. That is the least that can be. Windows are
+displaced, so reads of the canvas are coalesced but not 16 bytes wide; writes of the windows are. In the engine's step
+on CUDA no ungather runs of its own: ``adam_update`` reads the windows' gradient where it needs it.
 
-Both are custom ops, so that a compiler leaves them whole. On two Zen 4 cores (8 images of 224 px, 46 patches of 16)
+All are custom ops, so that a compiler leaves them whole. On two Zen 4 cores (8 images of 224 px, 46 patches of 16)
 inductor's own code for the gather took 7.9 ms, since it works out every 64-bit index, divisions included, at every
 pixel; the reference takes 0.3 ms.
 """
