@@ -213,6 +213,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here: --device cpu times the references alone")
+    if args.only and not any(args.only in op.name for op in all_ops(next(shapes("cpu", [1])))):
+        parser.error(f"--only {args.only}: no op has that in its name")
     rows = run(args)
     out = args.out or RESULTS / f"kernels-{args.device}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
