@@ -38,7 +38,8 @@ def check(op: str, expected: Mapping[str, Expected], **known: int) -> dict[str, 
         for letter, side in zip(letters, tensor.shape, strict=True):
             wanted = int(letter) if letter.isdigit() else sizes.setdefault(letter, side)
             if side != wanted:
-                raise ValueError(f"{told}: must be [{', '.join(letters)}] with {letter}={wanted}".replace(" 3=3", " 3"))
+                fixed = "" if letter.isdigit() else f" with {letter}={wanted}"
+                raise ValueError(f"{told}: must be [{', '.join(letters)}]{fixed}")
             if side == 0:
                 raise ValueError(f"{told}: {letter} is 0, must be at least 1")
         if tensor.dtype not in dtypes:
