@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the Triton kernel, or the plain torch reference.
 
-Every op with a kernel takes ``impl``: ``"triton"``, ``"torch"``, or None for the best one the input and the machine allow.
-The environment variable ``SMI_FAST_KERNELS`` decides for all calls with None:
+Every op with a kernel takes ``impl``: ``"triton"``, ``"torch"``, or None for the best one that the input and the
+machine allow. The environment variable ``SMI_FAST_KERNELS`` decides for all calls with None:
 
     auto     (default) Triton on CUDA tensors, torch elsewhere; a CUDA input without a kernel warns once and runs torch
     torch    all kernels off
