@@ -19,15 +19,14 @@ from smi_fast.kernels.adam_update import (
 from smi_fast.kernels.cls_attention import cls_attention, cls_attention_reference
 from smi_fast.kernels.grid import Grid, slot_of_patch
 from smi_fast.kernels.patch_cells import put_patches_reference, take_patches_reference
-from smi_fast.kernels.patch_gather import (
-    patch_gather,
-    patch_gather_reference,
+from smi_fast.kernels.patch_gather import patch_gather, patch_gather_reference
+from smi_fast.kernels.patch_mask import composite, patch_mask_reference
+from smi_fast.kernels.patch_ungather import (
     patch_scatter,
     patch_scatter_reference,
     patch_ungather,
     patch_ungather_reference,
 )
-from smi_fast.kernels.patch_mask import composite, patch_mask_reference
 from smi_fast.kernels.select_patches import select_patches, select_patches_reference
 from smi_fast.kernels.total_variation import patch_halo_reference, total_variation, tv_of_halo
 

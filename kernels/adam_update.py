@@ -37,7 +37,7 @@ from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.launch import Config, Launch
 from smi_fast.kernels.patch_cells import put_patches, take_patches
-from smi_fast.kernels.patch_gather import covering_offset, own_pixels, patch_ungather, shift_remainder
+from smi_fast.kernels.patch_ungather import covering_offset, own_pixels, patch_ungather, shift_remainder
 from smi_fast.kernels.total_variation import TVNorm, check_norm, inverse_lengths, total_variation_reference, tv_terms
 
 

@@ -27,7 +27,7 @@ from smi_fast.kernels.configs import best
 from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
 from smi_fast.kernels.grid import Grid, slot_of_patch
 from smi_fast.kernels.launch import Arguments, Config, Launch
-from smi_fast.kernels.patch_gather import own_pixels
+from smi_fast.kernels.patch_ungather import own_pixels
 
 TVNorm = Literal["pixel", "image", "batch"]
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))

@@ -13,8 +13,9 @@ from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Up
 from smi_fast.kernels.cls_attention import cls_attention
 from smi_fast.kernels.grid import Grid, slot_of_patch
 from smi_fast.kernels.patch_cells import put_patches, take_patches
-from smi_fast.kernels.patch_gather import patch_gather, patch_scatter, patch_ungather
+from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.patch_mask import composite, kept_statistics, patch_mask
+from smi_fast.kernels.patch_ungather import patch_scatter, patch_ungather
 from smi_fast.kernels.select_patches import remap, select_patches
 from smi_fast.kernels.total_variation import total_variation
 from smi_fast.model.sparse_vit import SparseViT

@@ -18,7 +18,8 @@ from smi_fast.kernels.configs import Config
 from smi_fast.kernels.dispatch import KERNELS_VARIABLE, choose
 from smi_fast.kernels.grid import Grid, slot_of_patch
 from smi_fast.kernels.launch import Launch
-from smi_fast.kernels.patch_gather import gather_launch, patch_gather, patch_ungather
+from smi_fast.kernels.patch_gather import gather_launch, patch_gather
+from smi_fast.kernels.patch_ungather import patch_ungather
 from smi_fast.kernels.total_variation import total_variation
 
 GRID = Grid(8, 12, 4)

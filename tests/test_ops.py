@@ -11,10 +11,12 @@ from smi_fast.kernels import cls_attention as attention_module
 from smi_fast.kernels import patch_cells as cells_module
 from smi_fast.kernels import patch_gather as gather_module
 from smi_fast.kernels import patch_mask as mask_module
+from smi_fast.kernels import patch_ungather as ungather_module
 from smi_fast.kernels import select_patches as select_module
 from smi_fast.kernels import total_variation as tv_module
 from smi_fast.kernels.grid import Grid, slot_of_patch
-from smi_fast.kernels.patch_gather import patch_gather, patch_ungather
+from smi_fast.kernels.patch_gather import patch_gather
+from smi_fast.kernels.patch_ungather import patch_ungather
 
 GRID = Grid(8, 12, 4)
 KEEP = torch.tensor([[0, 3, 5], [1, 2, 4]])
@@ -33,8 +35,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     opcheck(gather_module._gather, (pixels.requires_grad_(), KEEP, SHIFT, FLIP, 4, dtype, "torch"))
     pixels = pixels.detach()
     windows = patch_gather(pixels, KEEP, SHIFT, FLIP, 4, dtype)
-    opcheck(gather_module._ungather, (windows, SLOTS, KEEP, SHIFT, FLIP, [8, 12, 4], "torch"))
-    opcheck(gather_module._scatter, (windows, SLOTS, SHIFT, FLIP, [8, 12, 4], "torch"))
+    opcheck(ungather_module._ungather, (windows, SLOTS, KEEP, SHIFT, FLIP, [8, 12, 4], "torch"))
+    opcheck(ungather_module._scatter, (windows, SLOTS, SHIFT, FLIP, [8, 12, 4], "torch"))
     opcheck(cells_module._take, (pixels, KEEP, 4))
     opcheck(cells_module._put, (pixels, KEEP, torch.randn(2, 3, 3, 4, 4, dtype=pixels.dtype)))
     opcheck(tv_module._halo_op, (pixels, KEEP, 4))

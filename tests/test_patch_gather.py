@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smi_fast.kernels.grid import Grid, slot_of_patch, split_shift, target_cells
-from smi_fast.kernels.patch_gather import patch_gather, patch_gather_reference, patch_ungather
+from smi_fast.kernels.patch_gather import patch_gather, patch_gather_reference
+from smi_fast.kernels.patch_ungather import patch_ungather
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from smi_fast.kernels.cls_attention import attention_backward_launch, attention_
 from smi_fast.kernels.dispatch import HAS_TRITON, INTERPRETED
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.launch import Launch
-from smi_fast.kernels.patch_gather import gather_launch, scatter_launch, ungather_launch
+from smi_fast.kernels.patch_gather import gather_launch
 from smi_fast.kernels.patch_mask import composite_launch, mask_launch, statistics_launch
+from smi_fast.kernels.patch_ungather import scatter_launch, ungather_launch
 from smi_fast.kernels.select_patches import remap_launch, select_launch
 from smi_fast.kernels.total_variation import TVNorm, tv_launch
 

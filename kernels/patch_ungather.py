@@ -1,0 +1,297 @@
+"""``patch_ungather`` and ``patch_scatter``: the transpose of ``patch_gather``, at single patches and as a canvas.
+
+    patches[b, a, ch, i, j] = windows[b, k, (ch, i', j')], of the one window k that shows pixel (i, j) of patch a, or 0
+
+``patch_scatter`` is the whole transpose, and the gather's backward: a canvas, 0 where no window lies.
+``patch_ungather`` is that at the patches that are updated alone. The windows of one image are disjoint, so each pixel
+is covered by at most one of them, and every pixel looks up its own: no atomics, and gradient that falls on a stopped
+pixel is never written.
+
+Bytes: ungather reads each kept pixel's gradient once and writes it once, ``s + 4`` bytes a value for a compute dtype of
+``s`` bytes; scatter writes the whole canvas. In the engine's step on CUDA no ungather runs of its own: ``adam_update``
+reads the windows' gradient where it needs it.
+"""
+
+import torch
+from torch import Tensor
+
+from smi_fast.kernels.check import BOOL, FLOATS, IDS, check
+from smi_fast.kernels.configs import best
+from smi_fast.kernels.dispatch import Impl, choose, tl, triton
+from smi_fast.kernels.grid import Grid, split_shift
+from smi_fast.kernels.launch import Config, Launch
+
+
+def patch_ungather_reference(
+    gradient: Tensor, slots: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, grid: Grid
+) -> Tensor:
+    """Plain torch; shapes as in `patch_ungather`."""
+    batch, patch = gradient.shape[0], grid.patch
+    _, remainder = split_shift(shift, patch)
+    steps = torch.arange(patch, device=gradient.device)
+    y = (updated // grid.columns * patch + remainder[:, :1])[:, :, None] + steps  # [B, A, P]
+    x = (updated % grid.columns * patch + remainder[:, 1:])[:, :, None] + steps
+    y, x = y % grid.height, x % grid.width
+    window = (y // patch * grid.columns)[..., :, None] + (x // patch)[..., None, :]  # [B, A, P, P]
+    slot = slots.gather(1, window.reshape(batch, -1)).reshape(window.shape).long()
+    column = torch.where(flip[:, None, None], patch - 1 - x % patch, x % patch)
+    offset = (y % patch * patch)[..., :, None] + column[..., None, :]
+    source = slot.clamp(min=0) * (3 * patch * patch) + offset
+    source = source[:, :, None] + torch.arange(3, device=gradient.device)[:, None, None] * (patch * patch)
+    values = gradient.reshape(batch, -1).gather(1, source.reshape(batch, -1)).reshape(source.shape)
+    return torch.where(slot[:, :, None] >= 0, values.to(torch.promote_types(values.dtype, torch.float32)), 0.0)
+
+
+def patch_scatter_reference(gradient: Tensor, slots: Tensor, shift: Tensor, flip: Tensor, grid: Grid) -> Tensor:
+    """Plain torch; shapes as in `patch_scatter`."""
+    everything = torch.arange(grid.patches, device=slots.device).repeat(len(slots), 1)
+    patches = patch_ungather_reference(gradient, slots, everything, shift, flip, grid)
+    patches = patches.unflatten(1, (grid.rows, grid.columns)).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(len(slots), 3, grid.height, grid.width)
+
+
+@triton.jit
+def wrapped(position, SIDE: tl.constexpr):
+    """A position in ``[-SIDE, 2 * SIDE)`` on a circle of ``SIDE``."""
+    position = tl.where(position < 0, position + SIDE, position)
+    return tl.where(position >= SIDE, position - SIDE, position)
+
+
+@triton.jit
+def shift_remainder(shift, P: tl.constexpr):
+    """The part of a shift that is no whole patch, in ``[-P/2, P/2)``; right for either sign of ``%``."""
+    positive = ((shift % P) + P) % P
+    return tl.where(2 * positive >= P, positive - P, positive).to(tl.int32)
+
+
+@triton.jit
+def own_pixels(ids, image, count, WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    """The pixels of a program: its block of all pixels of the image's ``count`` patches.
+
+    Returns their place in ``[A, 3, P, P]`` (channel 0), ``y``, ``x``, and which of them there are.
+    """
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < count * (P * P)
+    if (P * P) % BLOCK == 0:  # the block lies in one patch: one id to load
+        entry = tl.program_id(0) * BLOCK // (P * P)
+        patch = tl.load(ids + image * count + entry).to(tl.int32)
+    else:
+        entry = pixel // (P * P)
+        patch = tl.load(ids + image * count + entry, mask=inside, other=0).to(tl.int32)
+    y = patch // (WIDTH // P) * P + pixel % (P * P) // P
+    x = patch % (WIDTH // P) * P + pixel % P
+    return entry * (2 * P * P) + pixel, y, x, inside
+
+
+@triton.jit
+def covering_offset(y, x, slots, ry, rx, flip, inside, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr):
+    """Where the window gradients of an image hold pixel ``(y, x)``, channel 0; negative if no kept window covers it."""
+    y, x = wrapped(y + ry, HEIGHT), wrapped(x + rx, WIDTH)
+    slot = tl.load(slots + (y // P) * (WIDTH // P) + x // P, mask=inside, other=-1)
+    column = tl.where(flip, P - 1 - x % P, x % P)
+    return tl.where(slot >= 0, slot * (3 * P * P) + (y % P) * P + column, -1)
+
+
+@triton.jit(do_not_specialize=["kept", "count"])
+def ungather_kernel(
+    gradient,  # [B, K, 3, P, P]
+    slots,  # [B, L] int32
+    updated,  # [B, A] int64
+    shift,  # [B, 2] int64
+    flip,  # [B] bool
+    patches,  # [B, A, 3, P, P]
+    kept,
+    count,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    linear, y, x, inside = own_pixels(updated, image, count, WIDTH, P, BLOCK)
+    ry = shift_remainder(tl.load(shift + 2 * image), P)
+    rx = shift_remainder(tl.load(shift + 2 * image + 1), P)
+    flipped = tl.load(flip + image) != 0
+    row = slots + image * (HEIGHT // P * (WIDTH // P))
+    offset = covering_offset(y, x, row, ry, rx, flipped, inside, HEIGHT, WIDTH, P)
+    source = gradient + image * kept * (3 * P * P) + offset
+    target = patches + image * count * (3 * P * P) + linear
+    for channel in tl.static_range(3):
+        value = tl.load(source + channel * (P * P), mask=inside & (offset >= 0), other=0.0)
+        tl.store(target + channel * (P * P), value.to(tl.float32), mask=inside)
+
+
+@triton.jit(do_not_specialize=["kept"])
+def scatter_kernel(
+    gradient,  # [B, K, 3, P, P]
+    slots,  # [B, L] int32
+    shift,  # [B, 2] int64
+    flip,  # [B] bool
+    canvas,  # [B, 3, H, W]
+    kept,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < HEIGHT * WIDTH
+    ry = shift_remainder(tl.load(shift + 2 * image), P)
+    rx = shift_remainder(tl.load(shift + 2 * image + 1), P)
+    flipped = tl.load(flip + image) != 0
+    row = slots + image * (HEIGHT // P * (WIDTH // P))
+    offset = covering_offset(pixel // WIDTH, pixel % WIDTH, row, ry, rx, flipped, inside, HEIGHT, WIDTH, P)
+    source = gradient + image * kept * (3 * P * P) + offset
+    target = canvas + image * (3 * HEIGHT * WIDTH) + pixel
+    for channel in tl.static_range(3):
+        value = tl.load(source + channel * (P * P), mask=inside & (offset >= 0), other=0.0)
+        tl.store(target + channel * (HEIGHT * WIDTH), value.to(tl.float32), mask=inside)
+
+
+def ungather_launch(
+    gradient: Tensor,
+    place: tuple[Tensor, Tensor, Tensor, Tensor],
+    patches: Tensor,
+    grid: Grid,
+    config: Config | None = None,
+) -> Launch:
+    """Launch of the ungather into ``patches``, ``[B, A, 3, P, P]``; ``place``: slots, updated, shift, flip."""
+    slots, updated, shift, flip = place
+    batch, count = updated.shape
+    config = config or best("patch_ungather", grid.patch, lambda c: ungather_launch(gradient, place, patches, grid, c))
+    tensors = {"gradient": gradient, "slots": slots, "updated": updated, "shift": shift, "flip": flip}
+    return Launch(
+        ungather_kernel,
+        (triton.cdiv(count * grid.patch**2, config.block), batch),
+        {**tensors, "patches": patches, "kept": gradient.shape[1], "count": count},
+        {"HEIGHT": grid.height, "WIDTH": grid.width, "P": grid.patch, "BLOCK": config.block},
+        config.warps,
+    )
+
+
+def scatter_launch(
+    gradient: Tensor,
+    place: tuple[Tensor, Tensor, Tensor],
+    canvas: Tensor,
+    patch: int,
+    config: Config | None = None,
+) -> Launch:
+    """Launch of the scatter into ``canvas``, ``[B, 3, H, W]``; ``place``: slots, shift, flip."""
+    slots, shift, flip = place
+    batch, _, height, width = canvas.shape
+    config = config or best("patch_scatter", patch, lambda c: scatter_launch(gradient, place, canvas, patch, c))
+    tensors = {"gradient": gradient, "slots": slots, "shift": shift, "flip": flip, "canvas": canvas}
+    return Launch(
+        scatter_kernel,
+        (triton.cdiv(height * width, config.block), batch),
+        {**tensors, "kept": gradient.shape[1]},
+        {"HEIGHT": height, "WIDTH": width, "P": patch, "BLOCK": config.block},
+        config.warps,
+    )
+
+
+@torch.library.custom_op("smi_fast::patch_ungather", mutates_args=())
+def _ungather(
+    gradient: Tensor, slots: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, side: list[int], impl: str
+) -> Tensor:
+    grid = Grid(*side)
+    if impl == "torch":
+        return patch_ungather_reference(gradient, slots, updated, shift, flip, grid)
+    patches = gradient.new_empty(*updated.shape, 3, grid.patch, grid.patch, dtype=torch.float32)
+    place = (slots.contiguous(), updated.contiguous(), shift.contiguous(), flip.contiguous())
+    ungather_launch(gradient.contiguous(), place, patches, grid).run()
+    return patches
+
+
+@_ungather.register_fake
+def _(
+    gradient: Tensor, slots: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, side: list[int], impl: str
+) -> Tensor:
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return gradient.new_empty(*updated.shape, 3, side[2], side[2], dtype=dtype)
+
+
+@torch.library.custom_op("smi_fast::patch_scatter", mutates_args=())
+def _scatter(gradient: Tensor, slots: Tensor, shift: Tensor, flip: Tensor, side: list[int], impl: str) -> Tensor:
+    grid = Grid(*side)
+    if impl == "torch":
+        return patch_scatter_reference(gradient, slots, shift, flip, grid)
+    canvas = gradient.new_empty(len(slots), 3, grid.height, grid.width, dtype=torch.float32)
+    place = (slots.contiguous(), shift.contiguous(), flip.contiguous())
+    scatter_launch(gradient.contiguous(), place, canvas, grid.patch).run()
+    return canvas
+
+
+@_scatter.register_fake
+def _(gradient: Tensor, slots: Tensor, shift: Tensor, flip: Tensor, side: list[int], impl: str) -> Tensor:
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return gradient.new_empty(slots.shape[0], 3, side[0], side[1], dtype=dtype)
+
+
+def patch_ungather(
+    gradient: Tensor,
+    slots: Tensor,
+    updated: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    grid: Grid,
+    *,
+    impl: Impl | None = None,
+) -> Tensor:
+    """Bring the gradient of the windows back to the pixels of the updated patches.
+
+    Args:
+        gradient: ``[B, K, 3 * P * P]``, of the windows that ``patch_gather`` gave for the same keep, shift and flip.
+        slots: ``[B, L]`` int32, `slot_of_patch` of the kept ids.
+        updated: ``[B, A]`` int64 patch ids whose pixels are updated: the kept ones where stopping is real.
+        shift, flip: as in `patch_gather`.
+        impl: see ``dispatch.py``.
+
+    Returns:
+        ``[B, A, 3, P, P]`` float32 (float64 for a float64 gradient).
+
+    Raises:
+        ValueError: a shape, dtype, device or ``impl`` that does not fit.
+    """
+    expected = {
+        "gradient": (gradient, "B K N", FLOATS),
+        "slots": (slots, "B L", (torch.int32,)),
+        "updated": (updated, "B A", IDS),
+        "shift": (shift, "B 2", IDS),
+        "flip": (flip, "B", BOOL),
+    }
+    check("patch_ungather", expected, N=grid.patch_values, L=grid.patches)
+    double = "float64 has no kernel" if gradient.dtype == torch.float64 else None
+    chosen = choose("patch_ungather", impl, gradient, double)
+    side = [grid.height, grid.width, grid.patch]
+    patches: Tensor = _ungather(gradient, slots, updated, shift, flip, side, chosen)
+    return patches
+
+
+def patch_scatter(
+    gradient: Tensor, slots: Tensor, shift: Tensor, flip: Tensor, grid: Grid, *, impl: Impl | None = None
+) -> Tensor:
+    """The transpose of `patch_gather`: the gradient of the windows as that of a canvas.
+
+    Args:
+        gradient, slots, shift, flip: as in `patch_ungather`.
+        impl: see ``dispatch.py``.
+
+    Returns:
+        ``[B, 3, H, W]`` float32 (float64 for a float64 gradient), 0 where no window lies.
+
+    Raises:
+        ValueError: a shape, dtype, device or ``impl`` that does not fit.
+    """
+    expected = {
+        "gradient": (gradient, "B K N", FLOATS),
+        "slots": (slots, "B L", (torch.int32,)),
+        "shift": (shift, "B 2", IDS),
+        "flip": (flip, "B", BOOL),
+    }
+    check("patch_scatter", expected, N=grid.patch_values, L=grid.patches)
+    double = "float64 has no kernel" if gradient.dtype == torch.float64 else None
+    chosen = choose("patch_scatter", impl, gradient, double)
+    canvas: Tensor = _scatter(gradient, slots, shift, flip, [grid.height, grid.width, grid.patch], chosen)
+    return canvas
