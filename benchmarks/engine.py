@@ -28,7 +28,7 @@ from smi_fast.engine.compiler import compile_step
 from smi_fast.engine.state import State, new_state, stop_patches
 from smi_fast.engine.step import build_step
 from smi_fast.flops import iteration_flops
-from smi_fast.kernels.patch_cells import put_patches
+from smi_fast.kernels.patch_cells import put_patches_
 from smi_fast.model.from_timm import from_timm
 from smi_fast.model.spec import ModelInfo
 from smi_fast.priors import priors_of
@@ -151,7 +151,9 @@ class Ours:
         run = self.run if self.system.name == "compiled" else build_step(self.model, config, priors_of(config))
         run(state)
         patches = state.first / (1 - config.betas[0])
-        return put_patches(torch.zeros_like(canvas), state.updated, patches, self.shape.grid)
+        gradient = torch.zeros_like(canvas)
+        put_patches_(gradient, state.updated, patches)
+        return gradient
 
 
 def serve(system: System, setting: Setting, kept: int, pipe: Any) -> None:

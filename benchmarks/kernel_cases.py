@@ -28,7 +28,7 @@ from smi_fast.kernels.patch_ungather import (
     patch_ungather_reference,
 )
 from smi_fast.kernels.select_patches import select_patches, select_patches_reference
-from smi_fast.kernels.total_variation import patch_halo_reference, total_variation, tv_of_halo
+from smi_fast.kernels.total_variation import halo_of, take_halo_reference, total_variation, tv_of_halo
 
 Function = Callable[..., Any]
 
@@ -140,10 +140,16 @@ def variation_op(s: Shape) -> Op:
         "total_variation",
         s.values * 8,
         lambda draw: (canvas(draw, s), ids(draw, s)),
-        lambda x, keep: tv_of_halo(patch_halo_reference(x, keep, s.grid), "pixel"),
+        lambda x, keep: plain_variation(x, keep, s.grid),
         lambda x, keep: total_variation(x, keep, s.grid, "pixel", impl="triton"),
         1e-5,
     )
+
+
+def plain_variation(x: Tensor, keep: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """`total_variation_reference` without custom ops."""
+    halo = halo_of(keep, grid, x.dtype)
+    return tv_of_halo(take_halo_reference(x, halo.index, grid.patch), halo.share, TERM.norm)
 
 
 TERM = TVTerm(1e-4, "pixel")
@@ -155,11 +161,13 @@ def plain_update(
     """`adam_update_reference` out of references alone, and with results instead of writes."""
     grid = Grid(target.canvas.shape[2], target.canvas.shape[3], target.first.shape[-1])
     places = (gradient.slots, target.ids, gradient.shift, gradient.flip)
-    value, of_tv = tv_of_halo(patch_halo_reference(target.canvas, target.ids, grid), TERM.norm)
+    value, of_tv = plain_variation(target.canvas, target.ids, grid)
     at_pixels = patch_ungather_reference(gradient.windows, *places, grid) + TERM.weight * of_tv
     pixels = take_patches_reference(target.canvas, target.ids, grid)
     moved, first, second = adam_step(pixels, (target.first, target.second), at_pixels, rates, healthy, c)
-    return put_patches_reference(target.canvas, target.ids, moved, grid), first, second, value
+    out = target.canvas.clone()
+    put_patches_reference(out, target.ids, moved, grid)
+    return out, first, second, value
 
 
 def update_op(s: Shape) -> Op:

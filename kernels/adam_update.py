@@ -26,7 +26,7 @@ the gather its 4 bytes of reading. It is kept apart since by count, not by measu
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -36,9 +36,18 @@ from smi_fast.kernels.configs import best
 from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.launch import Config, Launch
-from smi_fast.kernels.patch_cells import put_patches, take_patches
+from smi_fast.kernels.patch_cells import put_patches_
 from smi_fast.kernels.patch_ungather import covering_offset, own_pixels, patch_ungather, shift_remainder
-from smi_fast.kernels.total_variation import TVNorm, check_norm, inverse_lengths, total_variation_reference, tv_terms
+from smi_fast.kernels.total_variation import (
+    Halo,
+    TVNorm,
+    check_norm,
+    halo_of,
+    inverse_lengths,
+    take_halo,
+    tv_of_halo,
+    tv_terms,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Updated:
     second: Tensor  # [B, A, 3, P, P] second moment, updated in place
     ids: Tensor  # [B, A] int64, ascending
     slots: Tensor  # [B, L] int32, `slot_of_patch` of the ids
+    halo: Halo | None = None  # `halo_of` the ids, where it is at hand; for plain torch alone
 
 
 @dataclass(frozen=True)
@@ -100,25 +110,42 @@ def adam_step(
     )
 
 
-def adam_update_reference(
+class AdamValues(NamedTuple):
+    """What one step changes; ``[B, A, 3, P, P]`` but for the value."""
+
+    pixels: Tensor
+    first: Tensor
+    second: Tensor
+    tv: Tensor | None  # [B], the value of total variation before the step
+
+
+def adam_values(
     target: Updated, gradient: LossGradient, rates: Tensor, healthy: Tensor, c: AdamConstants, tv: TVTerm | None
-) -> Tensor | None:
-    """Plain torch; arguments as in `adam_update`."""
+) -> AdamValues:
+    """Plain torch, nothing is written; arguments as in `adam_update`."""
     grid = Grid(target.canvas.shape[2], target.canvas.shape[3], target.first.shape[-1])
     moves = (gradient.shift, gradient.flip)
     at_pixels = patch_ungather(gradient.windows, gradient.slots, target.ids, *moves, grid, impl="torch")
     if gradient.patches is not None:
         at_pixels = at_pixels + gradient.patches
-    value = None
+    halo = target.halo or halo_of(target.ids, grid, target.canvas.dtype)
+    rimmed, value = take_halo(target.canvas, halo), None
     if tv is not None:
-        value, of_tv = total_variation_reference(target.canvas, target.ids, grid, tv.norm)
+        value, of_tv = tv_of_halo(rimmed, halo.share, tv.norm)
         at_pixels = at_pixels + tv.weight * of_tv
-    pixels = take_patches(target.canvas, target.ids, grid)
-    moved, first, second = adam_step(pixels, (target.first, target.second), at_pixels, rates, healthy, c)
-    target.out.copy_(put_patches(target.canvas, target.ids, moved, grid))
-    target.first.copy_(first)
-    target.second.copy_(second)
-    return value
+    pixels = rimmed[..., 1:-1, 1:-1]
+    return AdamValues(*adam_step(pixels, (target.first, target.second), at_pixels, rates, healthy, c), value)
+
+
+def adam_update_reference(
+    target: Updated, gradient: LossGradient, rates: Tensor, healthy: Tensor, c: AdamConstants, tv: TVTerm | None
+) -> Tensor | None:
+    """Plain torch; arguments as in `adam_update`."""
+    values = adam_values(target, gradient, rates, healthy, c, tv)
+    put_patches_(target.out, target.ids, values.pixels)
+    target.first.copy_(values.first)
+    target.second.copy_(values.second)
+    return values.tv
 
 
 @triton.jit
@@ -308,7 +335,7 @@ def adam_update(
         constants: of Adam and the clamp.
         tv: total variation of the updated patches on ``target.canvas``, or None.
         impl: see ``dispatch.py``. For the kernel all tensors of ``target`` and ``gradient.patches`` are contiguous,
-            and ``target.out`` is no view of ``target.canvas``; plain torch writes all of ``target.out``.
+            and ``target.out`` is no view of ``target.canvas``.
 
     Returns:
         the total variation of each image before the step, not weighted, ``[B]``; None without one.

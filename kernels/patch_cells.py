@@ -1,9 +1,10 @@
-"""``take_patches`` and ``put_patches``: whole, undisplaced patches of a canvas, as ``[B, A, 3, P, P]`` and back.
+"""``take_patches`` and ``put_patches_``: whole, undisplaced patches of a canvas, as ``[B, A, 3, P, P]`` and back.
 
     patches[b, a, ch, i, j] = canvas[b, ch, r P + i, c P + j]        (r, c): the grid cell of ids[b, a]
 
-They have no kernels: the engine's step on CUDA reads and writes patches inside ``adam_update``. They are custom ops for
-the same reason as ``patch_gather``: inductor's own code works out each index at every pixel.
+They have no kernels: the engine's step on CUDA reads and writes patches inside ``adam_update``. Taking is a custom op
+for the same reason as ``patch_gather``: inductor's own code works out each index at every pixel. Putting works in place
+and stays outside compiled graphs: as a functional op it cost two copies of the whole canvas.
 """
 
 import torch
@@ -29,11 +30,9 @@ def take_patches_reference(canvas: Tensor, ids: Tensor, grid: Grid) -> Tensor:
     return _cells(canvas, grid)[_patch_index(ids, grid)].contiguous()
 
 
-def put_patches_reference(canvas: Tensor, ids: Tensor, patches: Tensor, grid: Grid) -> Tensor:
-    """Plain torch; shapes as in `put_patches`."""
-    filled = canvas.clone(memory_format=torch.contiguous_format)
-    _cells(filled, grid)[_patch_index(ids, grid)] = patches
-    return filled
+def put_patches_reference(canvas: Tensor, ids: Tensor, patches: Tensor, grid: Grid) -> None:
+    """Plain torch, in place; shapes as in `put_patches_`."""
+    _cells(canvas, grid)[_patch_index(ids, grid)] = patches
 
 
 @torch.library.custom_op("smi_fast::take_patches", mutates_args=())
@@ -44,16 +43,6 @@ def _take(canvas: Tensor, ids: Tensor, patch: int) -> Tensor:
 @_take.register_fake
 def _(canvas: Tensor, ids: Tensor, patch: int) -> Tensor:
     return canvas.new_empty(*ids.shape, 3, patch, patch)
-
-
-@torch.library.custom_op("smi_fast::put_patches", mutates_args=())
-def _put(canvas: Tensor, ids: Tensor, patches: Tensor) -> Tensor:
-    return put_patches_reference(canvas, ids, patches, Grid(canvas.shape[2], canvas.shape[3], patches.shape[-1]))
-
-
-@_put.register_fake
-def _(canvas: Tensor, ids: Tensor, patches: Tensor) -> Tensor:
-    return torch.empty_like(canvas, memory_format=torch.contiguous_format)
 
 
 def take_patches(canvas: Tensor, ids: Tensor, grid: Grid) -> Tensor:
@@ -74,24 +63,23 @@ def take_patches(canvas: Tensor, ids: Tensor, grid: Grid) -> Tensor:
     return patches
 
 
-def put_patches(canvas: Tensor, ids: Tensor, patches: Tensor, grid: Grid) -> Tensor:
-    """A copy of the canvas with other patches in it; the inverse of `take_patches`.
+def put_patches_(canvas: Tensor, ids: Tensor, patches: Tensor) -> None:
+    """Write whole patches into a canvas; the inverse of `take_patches`.
 
     Args:
-        canvas: ``[B, 3, H, W]``, floating point.
+        canvas: ``[B, 3, H, W]``, floating point, contiguous; changed in place.
         ids: ``[B, A]`` int64 patch ids.
         patches: ``[B, A, 3, P, P]``, in the dtype of the canvas.
 
-    Returns:
-        ``[B, 3, H, W]``.
-
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype, device or memory layout that does not fit.
     """
     expected = _expected(canvas, ids) | {"patches": (patches, "B A 3 P P", (canvas.dtype,))}
-    check("put_patches", expected, H=grid.height, W=grid.width, P=grid.patch)
-    filled: Tensor = _put(canvas, ids, patches)
-    return filled
+    sizes = check("put_patches_", expected)
+    grid = Grid(sizes["H"], sizes["W"], sizes["P"])
+    if not canvas.is_contiguous():
+        raise ValueError(f"put_patches_: canvas has strides {canvas.stride()}: must be contiguous")
+    put_patches_reference(canvas, ids, patches, grid)
 
 
 def _expected(canvas: Tensor, ids: Tensor) -> dict[str, Expected]:

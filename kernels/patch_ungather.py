@@ -13,6 +13,7 @@ reads the windows' gradient where it needs it.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smi_fast.kernels.check import BOOL, FLOATS, IDS, check
@@ -32,14 +33,16 @@ def patch_ungather_reference(
     y = (updated // grid.columns * patch + remainder[:, :1])[:, :, None] + steps  # [B, A, P]
     x = (updated % grid.columns * patch + remainder[:, 1:])[:, :, None] + steps
     y, x = y % grid.height, x % grid.width
-    window = (y // patch * grid.columns)[..., :, None] + (x // patch)[..., None, :]  # [B, A, P, P]
-    slot = slots.gather(1, window.reshape(batch, -1)).reshape(window.shape).long()
+    cell = (y // patch * grid.columns)[..., :, None] + (x // patch)[..., None, :]  # [B, A, P, P]
     column = torch.where(flip[:, None, None], patch - 1 - x % patch, x % patch)
     offset = (y % patch * patch)[..., :, None] + column[..., None, :]
-    source = slot.clamp(min=0) * (3 * patch * patch) + offset
-    source = source[:, :, None] + torch.arange(3, device=gradient.device)[:, None, None] * (patch * patch)
-    values = gradient.reshape(batch, -1).gather(1, source.reshape(batch, -1)).reshape(source.shape)
-    return torch.where(slot[:, :, None] >= 0, values.to(torch.promote_types(values.dtype, torch.float32)), 0.0)
+    # a cell without a window reads zeros that are put behind the windows
+    begin = torch.where(slots >= 0, slots, gradient.shape[1]).long() * (patch * patch)  # [B, L]
+    source = begin.gather(1, cell.flatten(1)) + offset.flatten(1)  # [B, A * P * P]
+    padded = F.pad(gradient.unflatten(2, (3, -1)).transpose(1, 2).flatten(2), (0, patch * patch))
+    values = padded.gather(2, source[:, None].expand(-1, 3, -1))  # [B, 3, A * P * P]
+    values = values.reshape(batch, 3, -1, patch, patch).transpose(1, 2)
+    return values.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
 
 
 def patch_scatter_reference(gradient: Tensor, slots: Tensor, shift: Tensor, flip: Tensor, grid: Grid) -> Tensor:

@@ -17,7 +17,8 @@ writes each gradient once: 8 bytes a value in float32. ``image`` and ``batch`` r
 the sums. In the engine's step on CUDA the gradient is taken inside ``adam_update``, and is never written.
 """
 
-from typing import Literal, cast, get_args
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -33,74 +34,99 @@ TVNorm = Literal["pixel", "image", "batch"]
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
-def patch_halo_reference(canvas: Tensor, updated: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """The patches with a one-pixel rim: ``[B, A, 3, P+2, P+2]``, a pixel outside the image clamped to its edge.
+class Halo(NamedTuple):
+    """Patches with a rim of one pixel: where they lie, and how their pairs count. It hangs on the ids alone."""
 
-    Also two masks ``[B, A, 1, P+2, P+2]``: is the pixel in the image, and is it one of the updated pixels?
-    """
-    batch, side = canvas.shape[0], grid.patch + 2
-    rim = torch.arange(-1, grid.patch + 1, device=canvas.device)
+    index: Tensor  # [B, A * (P+2)^2] int64 into H * W, a pixel outside the image clamped to its edge
+    # [B, A, P+2, P+2], the share of a pair with that pixel that an updated pixel counts: 1/2 where the other is updated
+    # too and counts the rest, 1 where it is a constant, 0 outside the image
+    share: Tensor
+
+
+def halo_of(updated: Tensor, grid: Grid, dtype: torch.dtype) -> Halo:
+    """The halo of the patches ``updated``, ``[B, A]``; shares in ``dtype``."""
+    rim = torch.arange(-1, grid.patch + 1, device=updated.device)
     y = (updated // grid.columns * grid.patch)[:, :, None] + rim  # [B, A, P+2]
     x = (updated % grid.columns * grid.patch)[:, :, None] + rim
     near_y, near_x = y.clamp(0, grid.height - 1), x.clamp(0, grid.width - 1)
     inside = (y == near_y)[..., :, None] & (x == near_x)[..., None, :]
     index = near_y[..., :, None] * grid.width + near_x[..., None, :]
-    halo = canvas.reshape(batch, 3, -1).gather(2, index.reshape(batch, 1, -1).expand(-1, 3, -1))
     patch = (near_y // grid.patch * grid.columns)[..., :, None] + (near_x // grid.patch)[..., None, :]
-    moving = slot_of_patch(updated, grid.patches).gather(1, patch.reshape(batch, -1)).reshape(patch.shape) >= 0
-    halo = halo.reshape(batch, 3, -1, side, side).transpose(1, 2).contiguous()
-    return halo, inside[:, :, None], (moving & inside)[:, :, None]
+    moving = slot_of_patch(updated, grid.patches).gather(1, patch.flatten(1)).reshape(patch.shape) >= 0
+    return Halo(index.flatten(1), (1 - 0.5 * moving.to(dtype)) * inside)
 
 
-@torch.library.custom_op("smi_fast::patch_halo", mutates_args=())
-def _halo_op(canvas: Tensor, updated: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor]:
-    return patch_halo_reference(canvas, updated, Grid(canvas.shape[2], canvas.shape[3], patch))
+def take_halo_reference(canvas: Tensor, index: Tensor, patch: int) -> Tensor:
+    """``[B, A, 3, P+2, P+2]``, from the index of a `Halo`."""
+    halo = canvas.flatten(2).gather(2, index[:, None].expand(-1, 3, -1))
+    return halo.unflatten(2, (-1, patch + 2, patch + 2)).transpose(1, 2).contiguous()
 
 
-@_halo_op.register_fake
-def _(canvas: Tensor, updated: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor]:
-    mask = canvas.new_empty(*updated.shape, 1, patch + 2, patch + 2, dtype=torch.bool)
-    return canvas.new_empty(*updated.shape, 3, patch + 2, patch + 2), mask, torch.empty_like(mask)
+@torch.library.custom_op("smi_fast::take_halo", mutates_args=())
+def _take_halo(canvas: Tensor, index: Tensor, patch: int) -> Tensor:
+    return take_halo_reference(canvas, index, patch)
+
+
+@_take_halo.register_fake
+def _(canvas: Tensor, index: Tensor, patch: int) -> Tensor:
+    count = index.shape[1] // (patch + 2) ** 2
+    return canvas.new_empty(len(canvas), count, 3, patch + 2, patch + 2)
+
+
+def take_halo(canvas: Tensor, halo: Halo) -> Tensor:
+    """The pixels of a halo, ``[B, A, 3, P+2, P+2]``; a custom op for the same reason as ``patch_gather``."""
+    pixels: Tensor = _take_halo(canvas, halo.index, halo.share.shape[-1] - 2)
+    return pixels
 
 
 def total_variation_reference(canvas: Tensor, updated: Tensor, grid: Grid, norm: TVNorm) -> tuple[Tensor, Tensor]:
     """Plain torch; shapes as in `total_variation`."""
-    # a custom op, so that a compiler does not work out each index at every pixel, see patch_gather.py
-    return tv_of_halo(_halo_op(canvas, updated, grid.patch), norm)
+    halo = halo_of(updated, grid, canvas.dtype)
+    return tv_of_halo(take_halo(canvas, halo), halo.share, norm)
 
 
-def tv_of_halo(patches: tuple[Tensor, Tensor, Tensor], norm: TVNorm) -> tuple[Tensor, Tensor]:
-    """Value and gradient from what `patch_halo_reference` gives; pointwise operations and sums alone."""
-    halo, inside, moving = patches
+def tv_of_halo(halo: Tensor, share: Tensor, norm: TVNorm) -> tuple[Tensor, Tensor]:
+    """Value and gradient from a halo's pixels and shares; pointwise operations and sums alone.
+
+    Each updated pixel looks at its eight neighbours, so that inductor makes one vectorised loop of it: on two Zen 4
+    cores 0.2 ms (8 images, 46 patches of 16), where pairs that are shared between two pixels took 2.9 ms.
+    """
+    channels = [halo.new_zeros(())] * 3  # of the gradient; apart, so that each length is worked out once for all three
+    if norm == "pixel":
+        value = halo.new_zeros(())
+        for _, differences, counted in neighbours(halo, share):
+            length = square(differences).sqrt()
+            value = value + length * counted
+            inverse = torch.where(length * counted > 0, 1 / length, 0.0)
+            channels = [c + inverse * d for c, d in zip(channels, differences, strict=True)]
+        return value.sum((1, 2, 3)), torch.stack(channels, 2)
+    sums = [halo.new_zeros(()) for _ in DIRECTIONS]
+    for direction, differences, counted in neighbours(halo, share):
+        sums[direction] = sums[direction] + square(differences) * counted
+    total = torch.stack([s.sum((1, 2, 3)) for s in sums])  # [4, B]
+    length = (total.sum(1, keepdim=True).expand_as(total) if norm == "batch" else total).sqrt()
+    inverse = torch.where(length > 0, 1 / length, 0.0)
+    for direction, differences, counted in neighbours(halo, share):
+        weight = inverse[direction][:, None, None, None] * (counted > 0)
+        channels = [c + weight * d for c, d in zip(channels, differences, strict=True)]
+    return (total * inverse).sum(0), torch.stack(channels, 2)
+
+
+def neighbours(halo: Tensor, share: Tensor) -> Iterator[tuple[int, list[Tensor], Tensor]]:
+    """Of the pixels of a patch: a direction, the difference to that neighbour by channel, and the share that counts."""
+    channels, inner = halo.unbind(2), slice(1, -1)
     side = halo.shape[-1] - 2
-    rim = torch.arange(side + 2, device=halo.device)
-    middle = (rim > 0) & (rim <= side)
-    in_patch = middle[:, None] & middle  # [P+2, P+2], false on the rim
-    value, gradient = halo.new_zeros(halo.shape[0]), torch.zeros_like(halo[..., 1:-1, 1:-1])
-    for dy, dx in DIRECTIONS:
-        # the region of first ends p of all pairs (p, p + d) with an end in the patch: the patch, and its shift by -d
-        top, left = 1 - dy, 1 - max(dx, 0)
-        rows, columns = side + dy, side + abs(dx)
-        first = (..., slice(top, top + rows), slice(left, left + columns))
-        second = (..., slice(top + dy, top + dy + rows), slice(left + dx, left + dx + columns))
-        pair = torch.where(inside[first] & inside[second], halo[first] - halo[second], 0.0)
-        squares = pair.square().sum(2, keepdim=True)  # [B, A, 1, rows, columns]
-        # a pair whose first end lies in another updated patch is counted there
-        counted = in_patch[first] | (in_patch[second] & ~moving[first])
-        if norm == "pixel":
-            length = squares.sqrt()
-            value = value + (length * counted).sum((1, 2, 3, 4))
-            unit = pair * torch.where(length > 0, 1 / length, 0.0)
-        else:
-            total = (squares * counted).sum((1, 2, 3, 4))
-            length = (total.sum().expand_as(total) if norm == "batch" else total).sqrt()
-            inverse = torch.where(length > 0, 1 / length, 0.0)
-            value = value + total * inverse
-            unit = pair * inverse[:, None, None, None, None]
-        as_first = unit[..., dy : dy + side, max(dx, 0) : max(dx, 0) + side]
-        as_second = unit[..., :side, max(-dx, 0) : max(-dx, 0) + side]
-        gradient = gradient + as_first - as_second
-    return value, gradient
+    for index, (dy, dx) in enumerate(DIRECTIONS):
+        for sign in (1, -1):
+            top, left = 1 + sign * dy, 1 + sign * dx
+            there = (..., slice(top, top + side), slice(left, left + side))
+            yield index, [x[..., inner, inner] - x[there] for x in channels], share[there]
+
+
+def square(differences: list[Tensor]) -> Tensor:
+    """Squared 2-norm over the channels."""
+    red, green, blue = differences
+    return red * red + green * green + blue * blue
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Updated, adam_update
 from smi_fast.kernels.cls_attention import cls_attention
 from smi_fast.kernels.grid import Grid, slot_of_patch
-from smi_fast.kernels.patch_cells import put_patches, take_patches
+from smi_fast.kernels.patch_cells import put_patches_, take_patches
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.patch_mask import composite, kept_statistics, patch_mask
 from smi_fast.kernels.patch_ungather import patch_scatter, patch_ungather
@@ -76,7 +76,7 @@ OPS = {
     "composite": Op(lambda **t: composite(**t, grid=GRID, fill=torch.zeros(3, 1, 1)), {"pixels": CANVAS, "keep": KEEP}),
     "kept_statistics": Op(lambda **t: kept_statistics(**t, grid=GRID), {"pixels": CANVAS, "keep": KEEP}),
     "take_patches": Op(lambda **t: take_patches(**t, grid=GRID), {"canvas": CANVAS, "ids": KEEP}),
-    "put_patches": Op(lambda **t: put_patches(**t, grid=GRID), {"canvas": CANVAS, "ids": KEEP, "patches": PATCHES}),
+    "put_patches_": Op(lambda **t: put_patches_(**t), {"canvas": CANVAS, "ids": KEEP, "patches": PATCHES}),
 }  # fmt: skip
 SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
     "rank": lambda tensor: tensor[None, None, None, None],

@@ -142,11 +142,12 @@ def test_traced_graph_equals_eager(make_model: MakeModel, preset: Any, options: 
     model, config = make_model(**options), InversionConfig(**SHORT, preset=preset, l2_weight=0.1)
     eager = advance(model, config, 5)
     traced = eager.clone()
-    graph = trace_step(build_step(model, config, priors_of(config)), eager)
+    step = build_step(model, config, priors_of(config))
+    graph = trace_step(step, eager)
     with torch.no_grad():
         for _ in range(3):
-            build_step(model, config, priors_of(config))(eager)
-            graph(*traced.tensors())
+            step(eager)
+            step.finish(traced, graph(*traced.tensors()))
     for one, other in zip(eager.tensors(), traced.tensors(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 

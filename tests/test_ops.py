@@ -38,8 +38,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     opcheck(ungather_module._ungather, (windows, SLOTS, KEEP, SHIFT, FLIP, [8, 12, 4], "torch"))
     opcheck(ungather_module._scatter, (windows, SLOTS, SHIFT, FLIP, [8, 12, 4], "torch"))
     opcheck(cells_module._take, (pixels, KEEP, 4))
-    opcheck(cells_module._put, (pixels, KEEP, torch.randn(2, 3, 3, 4, 4, dtype=pixels.dtype)))
-    opcheck(tv_module._halo_op, (pixels, KEEP, 4))
+    opcheck(tv_module._take_halo, (pixels, tv_module.halo_of(KEEP, Grid(8, 12, 4), pixels.dtype).index, 4))
     for norm in ("pixel", "image", "batch"):
         opcheck(tv_module._tv_op, (pixels, KEEP, 4, norm))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from smi_fast.kernels.adam_update import AdamConstants, adam_step
 from smi_fast.kernels.cls_attention import cls_attention
 from smi_fast.kernels.grid import Grid
-from smi_fast.kernels.patch_cells import put_patches, take_patches
+from smi_fast.kernels.patch_cells import put_patches_, take_patches
 from smi_fast.kernels.patch_mask import composite, patch_mask
 from smi_fast.kernels.select_patches import remap, select_patches
 
@@ -208,9 +208,9 @@ def test_patch_mask_and_composite_pixel_by_pixel(case: tuple[Grid, Tensor]) -> N
 def test_take_and_put_patches(case: tuple[Grid, Tensor]) -> None:
     grid, keep = case
     canvas = randn(2, 3, grid.height, grid.width)
-    before = canvas.clone()
-    fresh = randn(2, keep.shape[1], 3, grid.patch, grid.patch, seed=1)
-    taken, put = take_patches(canvas, keep, grid), put_patches(canvas, keep, fresh, grid)
+    fresh, put = randn(2, keep.shape[1], 3, grid.patch, grid.patch, seed=1), canvas.clone()
+    taken = take_patches(canvas, keep, grid)
+    put_patches_(put, keep, fresh)
     want = canvas.clone()
     for b, row in enumerate(keep.tolist()):
         for k, patch in enumerate(row):
@@ -219,4 +219,5 @@ def test_take_and_put_patches(case: tuple[Grid, Tensor]) -> None:
             assert torch.equal(taken[b, k], canvas[where])
             want[where] = fresh[b, k]
     assert torch.equal(put, want)
-    assert torch.equal(canvas, before)
+    with pytest.raises(ValueError, match=r"put_patches_: canvas has strides .*: must be contiguous"):
+        put_patches_(canvas[:1].expand_as(canvas), keep, fresh)

@@ -1,25 +1,23 @@
-"""Turn a step into one compiled graph.
+"""Turn the first half of a step into one compiled graph.
 
-``make_fx`` records the step's ATen operations, those of ordinary autograd included, with static shapes; the recorded
-graph is then compiled as a whole. (``torch.func`` transforms inside ``torch.compile`` do not work with custom ops, and
-compiling only the loss gives two graphs.) Each bucket gets a graph module of its own: compiled calls of one function
-share a cache of limited size, and fall back to eager when it is full.
+``make_fx`` records the step's ATen operations, those of ordinary autograd included, with static shapes; inductor
+compiles the recorded graph as a whole. (``torch.func`` transforms inside ``torch.compile`` do not work with custom ops,
+and compiling only the loss gives two graphs.) Dynamo has no part in it: there are no guards to check at each call, no
+recompilation, and no way back to eager. What does not compile raises.
 """
 
 import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from smi_fast.engine.compile_cache import use_private_cache
 from smi_fast.engine.state import State
-from smi_fast.engine.step import Differentiated, Step
-
-Options = dict[str, str | int | bool | Callable[..., Any]] | None
+from smi_fast.engine.step import Step
 
 
 def _state_of(tensors: tuple[Tensor, ...]) -> State:
@@ -29,39 +27,37 @@ def _state_of(tensors: tuple[Tensor, ...]) -> State:
 
 
 def trace_step(step: Step, state: State) -> torch.fx.GraphModule:
-    """The part of a step that is to be compiled, as a graph over ``state.tensors()``; runs it once on a copy.
+    """The first half of a step, as a graph over ``state.tensors()``; runs it once on a copy."""
 
-    That is all of it, or its first half where the update works in place.
-    """
-
-    def on_tensors(*tensors: Tensor) -> tuple[Tensor | None, ...] | None:
-        state = _state_of(tensors)
-        found = step.differentiate(state)
-        if step.in_place:
-            return tuple(found)
-        step.update(state, found)
-        return None
+    def on_tensors(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(step.compute(_state_of(tensors)))
 
     with torch.no_grad():
         return make_fx(on_tensors)(*state.clone().tensors())
 
 
 def compile_step(step: Step, state: State, backend: str = "inductor") -> Callable[[State], None]:
-    """Trace and compile for the shapes of ``state``; compiles now, on a copy of it.
+    """Trace and compile for the shapes of ``state``; compiles now, and runs once on a copy of it.
+
+    Args:
+        step: its first half is compiled.
+        state: whose shapes and strides later states must have.
+        backend: "inductor", or a back end of ``torch.compile`` (for tests).
 
     Raises:
-        torch._dynamo.exc.TorchDynamoException: the step does not compile as one graph.
+        Exception: whatever inductor raises where the graph does not compile; there is no way back to eager.
     """
-    on_cpu = state.canvas.device.type == "cpu"
-    options: Options = {"freezing": True} if backend == "inductor" and on_cpu else None
-    graph = trace_step(step, state)
-    compiled = torch.compile(graph, fullgraph=True, dynamic=False, backend=backend, options=options)
+    graph, example = trace_step(step, state), list(state.clone().tensors())
+    if backend == "inductor":
+        use_private_cache()
+        with torch.no_grad():
+            compiled = torch._inductor.standalone_compile(graph, example, dynamic_shapes="from_example_inputs")
+    else:
+        compiled = torch.compile(graph, fullgraph=True, dynamic=False, backend=backend)
 
     def run(state: State) -> None:
         with torch.no_grad():
-            found = compiled(*state.tensors())
-            if step.in_place:
-                step.update(state, Differentiated(*found))
+            step.finish(state, compiled(*state.tensors()))
 
     run(state.clone())
     return run
@@ -77,6 +73,7 @@ def why_not_compile(device_type: str) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            use_private_cache()
             torch.compile(probe, fullgraph=True)(torch.ones(16, device=device_type))
     except Exception as error:
         # whatever breaks here (no compiler, no headers, a read-only cache) means the same: this machine cannot compile

@@ -11,8 +11,9 @@ from torch import Tensor
 from smi_fast.config import InversionConfig
 from smi_fast.engine.streams import jitter_table, start_canvas
 from smi_fast.kernels.dispatch import choose
-from smi_fast.kernels.grid import slot_of_patch
+from smi_fast.kernels.grid import Grid, slot_of_patch
 from smi_fast.kernels.select_patches import remap, select_patches
+from smi_fast.kernels.total_variation import halo_of
 from smi_fast.model.sparse_vit import SparseViT
 
 
@@ -38,6 +39,8 @@ class State:
     labels: Tensor  # [B] int64
     slots: Tensor  # [B, L] int32, position of each patch in keep, or -1
     updated_slots: Tensor  # [B, L] int32, the same of updated
+    halo_index: Tensor  # `Halo` of updated; empty where the Triton kernels run
+    halo_share: Tensor
     jitter: Tensor  # [iterations, B, 3] int64
     rates: Tensor  # [iterations, 3]: learning rate, 1 - b1^t, 1 - b2^t
 
@@ -53,6 +56,12 @@ class State:
         for name, value in vars(self).items():
             setattr(twin, name, None if value is None else value.clone())
         return twin
+
+
+def halo_fields(updated: Tensor, grid: Grid, dtype: torch.dtype, kernels: bool) -> dict[str, Tensor]:
+    """The `Halo` of the updated patches, as fields of a state; kernels work it out as they go."""
+    halo = halo_of(updated[:, :0] if kernels else updated, grid, dtype)
+    return {"halo_index": halo.index, "halo_share": halo.share}
 
 
 def uses_kernels(model: SparseViT) -> bool:
@@ -85,6 +94,7 @@ def new_state(
     everything = torch.arange(grid.patches, device=device).repeat(batch, 1)
     moment = torch.zeros(batch, grid.patches, 3, grid.patch, grid.patch, dtype=dtype, device=device)
     canvas = start_canvas(config.seed, image_ids, grid).to(device, dtype)
+    kernels = uses_kernels(model)
     return State(
         canvas=canvas,
         first=moment,
@@ -97,10 +107,11 @@ def new_state(
         updated=everything.clone(),
         slots=slot_of_patch(everything, grid.patches),
         updated_slots=slot_of_patch(everything, grid.patches),
+        **halo_fields(everything, grid, dtype, kernels),
         labels=torch.tensor(labels, dtype=torch.int64, device=device),
         jitter=jitter_table(config, image_ids, grid).to(device),
         rates=rate_table(config).to(device, dtype),
-        spare=canvas.clone() if uses_kernels(model) else None,
+        spare=canvas.clone() if kernels else None,
     )
 
 
@@ -119,4 +130,6 @@ def stop_patches(state: State, count: int, stop_updates: bool) -> State:
     if stop_updates:
         values |= {"updated": keep.clone(), "updated_slots": kept_slots.clone()}
         values |= {"first": remap(state.first, slots), "second": remap(state.second, slots)}
+        grid = Grid(state.canvas.shape[2], state.canvas.shape[3], state.first.shape[-1])
+        values |= halo_fields(keep, grid, state.canvas.dtype, state.spare is not None)
     return State(**values)

@@ -70,12 +70,12 @@ class FrozenBlock(nn.Module):
         normed = self.norm1(x)
         inner = self.qkv.out_features // 3
         weight, bias = self.qkv.weight, self.qkv.bias
-        query = F.linear(normed[:, :reads], weight[:inner], None if bias is None else bias[:inner])
+        query = F.linear(first_tokens(normed, reads), weight[:inner], None if bias is None else bias[:inner])
         both = F.linear(normed, weight[inner:], None if bias is None else bias[inner:])
         (query,) = self._split(query, 1)
         key, value = self._split(both, 2)
         attended, scores = cls_attention(self.q_norm(query), self.k_norm(key), value, prefix)
-        return self._finish(x[:, :reads], attended), scores
+        return self._finish(first_tokens(x, reads), attended), scores
 
     def forward_with_scores(self, x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
         """The block for all tokens, for heads that average the patches: ``[B, N, D]``, CLS scores ``[B, K]``."""
@@ -83,6 +83,11 @@ class FrozenBlock(nn.Module):
         query, key = self.q_norm(query), self.k_norm(key)
         _, scores = cls_attention(query[:, :, :1], key, value, prefix)
         return self._finish(x, attention(query, key, value)), scores
+
+
+def first_tokens(x: Tensor, count: int) -> Tensor:
+    """``[B, count, D]`` of ``[B, N, D]``; a split, whose backward is a concatenation and not a scatter into zeros."""
+    return x.split([count, x.shape[1] - count], 1)[0]
 
 
 @dataclass

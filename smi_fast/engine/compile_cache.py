@@ -1,0 +1,32 @@
+"""Where compiled graphs are kept from one process to the next."""
+
+import os
+from pathlib import Path
+
+import torch
+
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def cache_home() -> Path:
+    """The folder of all that this package keeps: ``$XDG_CACHE_HOME/smi_fast``, or ``~/.cache/smi_fast``."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "smi_fast"
+
+
+def use_private_cache() -> Path | None:
+    """Let inductor keep its cache in a folder of this user alone that outlives a reboot, unless the user chose one.
+
+    PyTorch's default lies in the system's temporary folder. Sets ``TORCHINDUCTOR_CACHE_DIR`` for this process and those
+    that it starts. None, and PyTorch's default, where the folder cannot be made.
+    """
+    if VARIABLE not in os.environ:
+        folder = cache_home() / f"inductor-{torch.__version__}"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            return None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return None
+        os.environ[VARIABLE] = str(folder)
+    return Path(os.environ[VARIABLE])
