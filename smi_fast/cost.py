@@ -1,16 +1,20 @@
 """Estimates of memory and time, made without running an inversion."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from smi_fast.flops import run_flops
+from smi_fast.model.scaled_linear import FP8, MULTIPLE
 from smi_fast.model.spec import ViTShape
 from smi_fast.schedule import Stage
 
 # A rough share of the matrix product rate for the compiled step; it makes an estimate, not a bound. On two Zen 4 cores
-# bf16 reached 144 GFLOP/s of the 315 to 400 of such products (DeiT-Tiny, 46 patches). Not measured on a GPU.
+# bf16 reached 144 GFLOP/s of the 315 to 400 of such products (DeiT-Tiny, 46 patches). Not measured on a
+# GPU, nor in fp8, where attention stays in bf16 and the share must be smaller.
 EFFICIENCY = 0.4
 
 
@@ -25,7 +29,7 @@ class Cost:
 
 def memory_bytes(shape: ViTShape, batch: int, dtype: torch.dtype) -> int:
     """Weights, optimiser state and the activations of the first, dense stage, which is the largest."""
-    size = dtype.itemsize
+    size = _outside(dtype).itemsize  # weights are there twice in fp8
     inner = shape.heads * shape.head_width
     weights = shape.depth * (4 * shape.width * inner + 2 * shape.width * shape.mlp_width)
     weights += shape.grid.patch_values * shape.width + (shape.grid.patches + shape.num_classes) * shape.width
@@ -40,17 +44,32 @@ def memory_bytes(shape: ViTShape, batch: int, dtype: torch.dtype) -> int:
 @torch.no_grad()
 def matmul_rate(shape: ViTShape, batch: int, device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the MLP's first product on this device, best of a few, in about 0.3 s."""
-    a = torch.randn(batch * (shape.grid.patches // 4 + 1), shape.width, device=device).to(dtype)
-    b = torch.randn(shape.mlp_width, shape.width, device=device).to(dtype)
+    a = torch.randn(batch * (shape.grid.patches // 4 + 1), shape.width, device=device)
+    b = torch.randn(shape.mlp_width, shape.width, device=device)
+    product = _product(a, b, dtype)
     best, until = float("inf"), time.perf_counter() + 0.3
     while time.perf_counter() < until:
         begin = time.perf_counter()
         for _ in range(4):
-            torch.nn.functional.linear(a, b)
+            product()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, (time.perf_counter() - begin) / 4)
     return 2 * a.shape[0] * a.shape[1] * b.shape[0] / best
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """``a b^T`` in a dtype; widths that have no fp8 product are taken in bfloat16, as the model does."""
+    if dtype is not FP8 or b.shape[0] % MULTIPLE or b.shape[1] % MULTIPLE:
+        left, right = a.to(_outside(dtype)), b.to(_outside(dtype))
+        return lambda: torch.nn.functional.linear(left, right)
+    left, right, one = a.to(FP8), b.to(FP8).t(), torch.ones((), device=a.device)
+    return lambda: torch._scaled_mm(left, right, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def _outside(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what a model holds besides the linear layers of its blocks."""
+    return torch.bfloat16 if dtype is FP8 else dtype
 
 
 def estimate(shape: ViTShape, stages: tuple[Stage, ...], batch: int, device: torch.device, dtype: torch.dtype) -> Cost:

@@ -71,7 +71,7 @@ def build_report(inverter: Inverter, images: SparseImages, interrupted: bool = F
         "batch_size": inverter.batch_size,
         "impl": inverter.impl,
         "kernels": "triton" if uses_kernels(model) else "torch",
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.precision,
         "device": device_name(model.device),
         "model": {"name": model.info.name, "sha256": model.info.sha256},
         "versions": versions(),

@@ -129,7 +129,8 @@ def test_overwrite(finished: Path, tmp_path: Path) -> None:
         (["--tv-weight", "nan"], "tv_weight=nan"),
         (["--lr", "-1"], "lr=-1.0"),
         (["--jitter", "2"], "jitter=2.0"),
-        (["--dtype", "fp8"], "--dtype 'fp8'"),
+        (["--dtype", "int8"], "--dtype 'int8': must be one of fp32, bf16, fp8"),
+        (["--dtype", "fp8", "--device", "cpu"], "--dtype 'fp8': device 'cpu' has no fp8 units; use --dtype bf16"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "gpu"], "gpu"),
         (["--impl", "fast"], "impl='fast'"),
@@ -181,7 +182,7 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     run("doctor")
     printed = capsys.readouterr().out
-    for expected in ("torch", torch.__version__.partition("+")[0], "kernels", "compile cache"):
+    for expected in ("torch", torch.__version__.partition("+")[0], "kernels", "fp8", "compile cache"):
         assert expected in printed
 
 

@@ -11,6 +11,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from smi_fast.engine.compiler import why_not_compile
 from smi_fast.kernels.dispatch import KERNELS_VARIABLE, why_not_triton
+from smi_fast.model.fp8 import why_not_fp8
 from smi_fast.report import device_name
 from smi_fast.versions import versions
 
@@ -28,6 +29,7 @@ def doctor() -> None:
     reason = why_not_compile(device.type)
     table.add_row("torch.compile", "works" if reason is None else f"does not work, runs eager: {reason}")
     table.add_row("kernels", _kernels(device))
+    table.add_row("fp8", why_not_fp8(device) or "works")
     folder = Path(cache_dir())
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     table.add_row("compile cache", f"{folder}, {size / 2**20:.0f} MiB (set TORCHINDUCTOR_CACHE_DIR to move it)")

@@ -7,6 +7,8 @@ import torch
 import typer
 
 from smi_fast.config import PAPER_STOPS
+from smi_fast.model.fp8 import why_not_fp8
+from smi_fast.model.scaled_linear import FP8
 
 Model = Annotated[str, typer.Option(help="'demo' (bundled), or the name of a timm Vision Transformer.")]
 Checkpoint = Annotated[
@@ -26,10 +28,16 @@ Stops = Annotated[
 ]
 Dense = Annotated[bool, typer.Option("--dense", help="No stops: every patch is inverted to the end.")]
 BatchSize = Annotated[int, typer.Option(help="Images in work at a time.")]
-DType = Annotated[str, typer.Option(help="Compute dtype: fp32 or bf16. [default: bf16 on CUDA, else fp32]")]
+DType = Annotated[
+    str,
+    typer.Option(
+        help="Compute dtype: fp32, bf16, or fp8 (linear layers of the blocks, the rest in bf16; not on every GPU). "
+        "[default: bf16 on CUDA, else fp32]"
+    ),
+]
 Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda' or 'cuda:N'.")]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": FP8}
 
 
 def parse_device(text: str) -> torch.device:
@@ -55,12 +63,14 @@ def parse_dtype(text: str, device: torch.device) -> torch.dtype:
     """``auto`` is bf16 on CUDA and fp32 on a CPU.
 
     Raises:
-        ValueError: another name.
+        ValueError: another name, or fp8 on a device that has none.
     """
     if text == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if text not in DTYPES:
         raise ValueError(f"--dtype {text!r}: must be one of {', '.join(DTYPES)}")
+    if DTYPES[text] is FP8 and (reason := why_not_fp8(device)):
+        raise ValueError(f"--dtype {text!r}: device {str(device)!r} has {reason}; use --dtype bf16")
     return DTYPES[text]
 
 

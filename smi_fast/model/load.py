@@ -16,13 +16,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from smi_fast.model.checkpoint import load_weights, read_state_dict
+from smi_fast.model.fp8 import to_fp8, why_not_fp8
 from smi_fast.model.from_timm import check_supported, from_timm, weights_sha256
+from smi_fast.model.scaled_linear import FP8
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.model.spec import ModelInfo
 
 DEMO = "demo"
 IMAGENET_CLASSES = 1000
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, FP8)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def load_model(
         checkpoint: a file of weights, see `smi_fast.model.checkpoint.read_state_dict`.
         num_classes: None takes it from the weights; any other number must agree with them.
         img_size: pixels, a side or ``(height, width)``; None for the model's own. Position embeddings are resampled.
-        dtype: compute dtype, one of float32, bfloat16, float64.
+        dtype: compute dtype, one of float32, bfloat16, float64; or float8_e4m3fn, for a model in bfloat16 whose
+            blocks' linear layers run on 8-bit floats (CUDA devices of compute capability 8.9 and above).
         device: where the weights go.
 
     Returns:
@@ -93,7 +96,10 @@ def load_model(
         std=_triple(found.std),
         class_names=None if found.class_names is None else tuple(found.class_names),
     )
-    return from_timm(found.vit, info).with_dtype(dtype).to(device)
+    model = from_timm(found.vit, info)
+    if dtype is FP8:
+        return to_fp8(model.with_dtype(torch.bfloat16)).to(device)
+    return model.with_dtype(dtype).to(device)
 
 
 def _triple(values: Sequence[float]) -> tuple[float, float, float]:
@@ -106,11 +112,13 @@ def _check_target(dtype: torch.dtype, device: str | torch.device) -> None:
         note = " (float16 overflows in the gradients)" if dtype is torch.float16 else ""
         raise ValueError(f"dtype={dtype}: must be one of {', '.join(map(str, DTYPES))}{note}")
     try:
-        kind = torch.device(device).type
+        where = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
+    if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}: torch sees no CUDA device; use device='cpu'")
+    if dtype is FP8 and (reason := why_not_fp8(where)):
+        raise ValueError(f"dtype={dtype}: device={str(device)!r} has {reason}; use torch.bfloat16")
 
 
 def _settle_classes(given: int | None, checkpoint: str | Path | None, state: dict[str, Tensor] | None) -> int | None:

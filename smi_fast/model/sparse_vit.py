@@ -21,6 +21,7 @@ from smi_fast.kernels.cls_attention import cls_attention
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.model.attention import attention
+from smi_fast.model.scaled_linear import ScaledLinear
 from smi_fast.model.spec import ModelInfo, ViTShape
 
 Norm = nn.LayerNorm | nn.Identity
@@ -47,6 +48,7 @@ class FrozenBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = norms
+        self.qkv: nn.Linear | ScaledLinear
         self.qkv, self.q_norm, self.k_norm, self.proj = attention_layers
         self.fc1, self.act, self.fc2 = mlp
 
@@ -54,6 +56,13 @@ class FrozenBlock(nn.Module):
         """``[B, N, parts * H * d]`` to ``parts`` tensors ``[B, H, N, d]``."""
         batch, tokens, _ = projected.shape
         return projected.reshape(batch, tokens, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _project(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Outputs ``first`` to ``last`` of ``qkv``: ``[B, M, D]`` to ``[B, M, last - first]``."""
+        if isinstance(self.qkv, ScaledLinear):
+            return self.qkv.part(x, first, last)
+        weight, bias = self.qkv.weight, self.qkv.bias
+        return F.linear(x, weight[first:last], None if bias is None else bias[first:last])
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Projection, MLP and both residual sums; ``x [B, M, D]``, ``attended [B, H, M, d]``."""
@@ -69,11 +78,8 @@ class FrozenBlock(nn.Module):
         """The block for the first ``reads`` tokens alone: ``[B, reads, D]``, and the CLS scores ``[B, K]``."""
         normed = self.norm1(x)
         inner = self.qkv.out_features // 3
-        weight, bias = self.qkv.weight, self.qkv.bias
-        query = F.linear(first_tokens(normed, reads), weight[:inner], None if bias is None else bias[:inner])
-        both = F.linear(normed, weight[inner:], None if bias is None else bias[inner:])
-        (query,) = self._split(query, 1)
-        key, value = self._split(both, 2)
+        (query,) = self._split(self._project(first_tokens(normed, reads), 0, inner), 1)
+        key, value = self._split(self._project(normed, inner, 3 * inner), 2)
         attended, scores = cls_attention(self.q_norm(query), self.k_norm(key), value, prefix)
         return self._finish(first_tokens(x, reads), attended), scores
 
@@ -130,8 +136,15 @@ class SparseViT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Compute dtype of the blocks."""
+        """Compute dtype of the blocks; what is left of them beside linear layers, where these are in fp8."""
         return self.patch_embed.weight.dtype
+
+    @property
+    def precision(self) -> str:
+        """What the linear layers of the blocks compute in: "fp8", or the name of the dtype, such as "bfloat16"."""
+        if any(isinstance(module, ScaledLinear) for module in self.modules()):
+            return "fp8"
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:
@@ -139,7 +152,13 @@ class SparseViT(nn.Module):
         return self.patch_embed.weight.device
 
     def with_dtype(self, dtype: torch.dtype) -> "SparseViT":
-        """Cast to a compute dtype, in place; final norm and head are cast to float32 at least."""
+        """Cast to a compute dtype, in place; final norm and head are cast to float32 at least.
+
+        Raises:
+            ValueError: the model is in fp8, which has no way back.
+        """
+        if self.precision == "fp8":
+            raise ValueError(f"dtype={dtype}: {self.info.name} is in fp8, and its weights are rounded; load it again")
         self.to(dtype)
         exact = torch.promote_types(dtype, torch.float32)
         for module in (self.norm, self.fc_norm, self.heads):
