@@ -28,6 +28,7 @@ from smi_fast.kernels.patch_ungather import (
     patch_ungather_reference,
 )
 from smi_fast.kernels.select_patches import select_patches, select_patches_reference
+from smi_fast.kernels.tile_attention import packed_tile_attention, parts_of, tile_attention, unsupported
 from smi_fast.kernels.total_variation import halo_of, take_halo_reference, total_variation, tv_of_halo
 
 Function = Callable[..., Any]
@@ -243,6 +244,53 @@ def attention_ops(s: Shape) -> list[Op]:
     return rows
 
 
+def with_gradient(function: Function) -> Function:
+    """Output, and the gradient of the one input, for a cotangent that comes last."""
+
+    def run(packed: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+        leaf = packed.detach().requires_grad_()
+        with torch.enable_grad():
+            out = function(leaf)
+            return out.detach(), *torch.autograd.grad(out, leaf, cotangent)
+
+    return run
+
+
+def torch_attention(packed: Tensor) -> Tensor:
+    """PyTorch's own, of the parts of a projection."""
+    return F.scaled_dot_product_attention(*parts_of(packed))
+
+
+def tile_ops(s: Shape) -> list[Op]:
+    """Self-attention on a whole projection beside PyTorch's: forward; and both ways, with one gradient or three.
+
+    None where a tile does not fit into the device's shared memory: float32 beyond 128 tokens.
+    """
+    if unsupported(*[torch.empty(1, 1, s.kept + 1, 64, dtype=s.dtype, device=s.device)] * 3):
+        return []
+    inner = s.batch * (s.kept + 1) * s.heads * 64  # values of each of the three parts
+
+    def packed(draw: torch.Generator) -> tuple[Tensor, ...]:
+        return (randn(draw, s, s.batch, s.kept + 1, 3, s.heads, 64, dtype=s.dtype),)
+
+    def draw_both(draw: torch.Generator) -> tuple[Tensor, ...]:
+        cotangent = randn(draw, s, s.batch, s.kept + 1, s.heads, 64, dtype=s.dtype)
+        return *packed(draw), cotangent.transpose(1, 2)
+
+    def whole(packed: Tensor) -> Tensor:
+        return packed_tile_attention(packed, impl="triton")
+
+    def of_parts(packed: Tensor) -> Tensor:
+        return tile_attention(*parts_of(packed), impl="triton")
+
+    tolerance = 1e-5 if s.dtype == torch.float32 else 2e-2
+    rows = [Op("tile_attention (over SDPA)", 4 * inner * s.dtype.itemsize, packed, torch_attention, whole, tolerance)]
+    for title, kernel in (("with backward", whole), ("three gradients, with backward", of_parts)):
+        name, least = f"tile_attention (over SDPA), {title}", 11 * inner * s.dtype.itemsize
+        rows.append(Op(name, least, draw_both, torch_attention, with_gradient(kernel), tolerance, with_gradient))
+    return rows
+
+
 def select_op(s: Shape) -> Op:
     """The next stop's survivors."""
     count = max(1, int(s.kept * 0.7))
@@ -273,4 +321,4 @@ def composite_op(s: Shape) -> Op:
 def all_ops(shape: Shape) -> list[Op]:
     """Every op at a shape."""
     single = (gather_op, ungather_op, scatter_op, variation_op, update_op, select_op, composite_op)
-    return [build(shape) for build in single] + attention_ops(shape)
+    return [build(shape) for build in single] + attention_ops(shape) + tile_ops(shape)

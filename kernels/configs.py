@@ -34,8 +34,15 @@ PINNED: dict[str, dict[int, Config]] = {
     "remap": {0: Config(1024, 4)},
     "cls_attention": {0: Config(256, 8), 64: Config(64, 4), 128: Config(128, 4)},
     "cls_attention_backward": {0: Config(128, 8), 64: Config(64, 4), 256: Config(256, 16)},
+    # blocks of 64 queries run on Hopper's own matrix instructions, but spill on sm_80 at 256 tokens
+    "tile_attention": {0: Config(64, 4), 256: Config(32, 8)},
+    "tile_attention_float32": {0: Config(16, 8)},
+    # at 128 tokens 128 queries compile for sm_90 without spills (203 registers), and spill 208 bytes on sm_80
+    "tile_attention_backward": {0: Config(64, 4), 128: Config(32, 8), 256: Config(32, 8)},
+    "tile_attention_backward_float32": {0: Config(64, 16), 128: Config(32, 16), 256: Config(32, 16)},
 }
 CANDIDATES = tuple(Config(block, warps) for block in (128, 256, 512, 1024) for warps in (1, 2, 4, 8))
+TILES = tuple(Config(queries, warps) for queries in (16, 32, 64, 128) for warps in (2, 4, 8, 16))  # of tile_attention
 _tuned: dict[tuple[str, int], Config] = {}
 
 
@@ -59,14 +66,18 @@ def best(op: str, shape_class: int, build: Callable[[Config], Launch]) -> Config
         launch = build(pinned(op, shape_class))
         if launch.device.type != "cuda":
             return pinned(op, shape_class)
-        _tuned[key] = fastest(build, _milliseconds)
+        _tuned[key] = fastest(build, _milliseconds, TILES if op.startswith("tile_attention") else CANDIDATES)
     return _tuned[key]
 
 
-def fastest(build: Callable[[Config], Launch], milliseconds: Callable[[Launch], float]) -> Config:
+def fastest(
+    build: Callable[[Config], Launch],
+    milliseconds: Callable[[Launch], float],
+    candidates: tuple[Config, ...] = CANDIDATES,
+) -> Config:
     """The candidate of the shortest time; one that does not launch (too many resources) is left out."""
     times = {}
-    for config in CANDIDATES:
+    for config in candidates:
         try:
             times[config] = milliseconds(_on_copies(build(config)))
         except triton.runtime.errors.OutOfResources:

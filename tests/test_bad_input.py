@@ -17,6 +17,7 @@ from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.patch_mask import composite, kept_statistics, patch_mask
 from smi_fast.kernels.patch_ungather import patch_scatter, patch_ungather
 from smi_fast.kernels.select_patches import remap, select_patches
+from smi_fast.kernels.tile_attention import packed_tile_attention, tile_attention
 from smi_fast.kernels.total_variation import total_variation
 from smi_fast.model.sparse_vit import SparseViT
 
@@ -70,6 +71,8 @@ OPS = {
         },
     ),
     "cls_attention": Op(lambda **t: cls_attention(**t, prefix=1), {"query": QUERY, "key": KEY, "value": KEY}),
+    "tile_attention": Op(tile_attention, {"query": KEY, "key": KEY.clone(), "value": KEY.clone()}),
+    "packed_tile_attention": Op(packed_tile_attention, {"packed": torch.zeros(2, 5, 3, 2, 8)}),
     "select_patches": Op(lambda **t: select_patches(**t, count=2), {"scores": SCORES}),
     "remap": Op(remap, {"state": PATCHES, "slots": torch.tensor([[0], [1]])}),
     "patch_mask": Op(lambda **t: patch_mask(**t, grid=GRID), {"keep": KEEP}),
@@ -86,6 +89,7 @@ SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # one tensor alone is on one device; remap takes any rank from 2 on, and any dtype
 FINE = {("select_patches", "scores", "device"), ("patch_mask", "keep", "device")}
+FINE |= {("packed_tile_attention", "packed", "device")}
 FINE |= {("remap", "state", "rank"), ("remap", "state", "dtype")}
 ALL = [row for op in OPS for name in OPS[op].tensors for how in SPOILED if (row := (op, name, how)) not in FINE]
 

@@ -13,6 +13,7 @@ from smi_fast.kernels import patch_gather as gather_module
 from smi_fast.kernels import patch_mask as mask_module
 from smi_fast.kernels import patch_ungather as ungather_module
 from smi_fast.kernels import select_patches as select_module
+from smi_fast.kernels import tile_attention as tile_module
 from smi_fast.kernels import total_variation as tv_module
 from smi_fast.kernels.grid import Grid, slot_of_patch
 from smi_fast.kernels.patch_gather import patch_gather
@@ -69,6 +70,18 @@ def test_opcheck_of_attention(dtype: torch.dtype) -> None:
     opcheck(attention_module._attend_backward, (*tensors, rows))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck_of_tile_attention(dtype: torch.dtype) -> None:
+    packed = canvas(dtype).reshape(2, 8, 3, 2, 6)
+    parts = tile_module.parts_of(packed)
+    leaves = tuple(part.detach().requires_grad_() for part in parts)
+    exact = {"atol": 1e-2, "rtol": 1e-2} if dtype == torch.bfloat16 else {}
+    opcheck(tile_module._attend, leaves, **exact)
+    opcheck(tile_module._attend, (leaves[0].detach(), leaves[1].detach(), leaves[2]), **exact)
+    opcheck(tile_module._attend_backward, (*parts, parts[0].flip(2)))
+    opcheck(tile_module._attend_packed, (packed.detach().requires_grad_(),), **exact)
+
+
 def test_opcheck_of_selection_and_masks() -> None:
     pixels, scores = canvas(torch.float32), canvas(torch.float32)[:, 0, 0]
     opcheck(select_module._select, (scores, 5))
@@ -120,7 +133,8 @@ def test_full_graph_of_all_ops(backend: str) -> None:
         slots = select_module._select(rows.mean(1), 3)
         kept = select_module._remap(rows.mean(1), slots)
         mean, deviation = mask_module._statistics(pixels, KEEP, 4)
-        return windows.sum() + amount.sum(), slope, out, kept, mean, deviation
+        tile = tile_module._attend(key, key, value)
+        return windows.sum() + amount.sum(), slope, out, kept, mean, deviation, tile
 
     arguments = (pixels, query, key, value)
     compiled = torch.compile(everything, fullgraph=True, backend=backend)

@@ -27,7 +27,7 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the machine code of a kernel says: registers a thread, bytes spilled, 16-byte global loads and stores."""
+    """What the machine code of a kernel says: registers a thread, bytes spilled, 16-byte global accesses, products."""
 
     registers: int
     spills: int
@@ -35,6 +35,7 @@ class Compiled:
     stores16: int
     loads: int
     stores: int
+    products: int  # instructions for tensor cores
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -80,4 +81,5 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
         stores16=count(r"st\.global\S*\.v4\.b32") + count(r"st\.global\S*\.v2\.b64"),
         loads=count(r"ld\.global"),
         stores=count(r"st\.global"),
+        products=count(r"wgmma\.mma_async|mma\.sync"),
     )

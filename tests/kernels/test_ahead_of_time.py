@@ -20,6 +20,7 @@ from smi_fast.kernels.patch_gather import gather_launch
 from smi_fast.kernels.patch_mask import composite_launch, mask_launch, statistics_launch
 from smi_fast.kernels.patch_ungather import scatter_launch, ungather_launch
 from smi_fast.kernels.select_patches import remap_launch, select_launch
+from smi_fast.kernels.tile_attention import parts_of, tile_backward_launch, tile_launch
 from smi_fast.kernels.total_variation import TVNorm, tv_launch
 
 if HAS_TRITON and not INTERPRETED:
@@ -33,12 +34,13 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Limit:
-    """At most so many registers; at least so many 16-byte loads and stores; nothing spilled, unless said."""
+    """At most so many registers; at least so many 16-byte accesses and products; nothing spilled, unless said."""
 
     registers: int
     loads16: int
     stores16: int
     spills80: int = 0  # bytes, on sm_80
+    products: int = 0  # instructions for tensor cores, a matrix product each at least
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,14 @@ def attention(i: Inputs, tokens: int, queries: int = 1, width: int = 64, backwar
     return attention_backward_launch(query, key, value, token_major(query, queries), d_rows)[0]
 
 
+def tile(i: Inputs, tokens: int, backward: bool = False) -> Launch:
+    """On views of a projection, as the model hands them over."""
+    query, key, value = parts_of(empty(BATCH, tokens, 3, 12, 64, dtype=i.dtype, device="meta"))
+    if not backward:
+        return tile_launch(query, key, value)[0]
+    return tile_backward_launch(query, key, value, token_major(query, tokens))[0]
+
+
 def selection(i: Inputs) -> Launch:
     return select_launch(empty(BATCH, i.grid.patches, device="meta"), i.ids)
 
@@ -171,6 +181,18 @@ TABLE: list[tuple[str, Callable[[Inputs], Launch], Grid, torch.dtype, Limit]] = 
     ("backward N197", lambda i: attention(i, 197, backward=True), BASE, torch.bfloat16, Limit(96, 10, 8)),
     ("backward N197 M2", lambda i: attention(i, 197, 2, backward=True), BASE, torch.bfloat16, Limit(128, 12, 8)),
     ("backward N577", lambda i: attention(i, 577, backward=True), BASE, torch.bfloat16, Limit(128, 20, 8)),
+    # 4 tiles of 64 tokens in 16-byte pieces; two products forward, five backward
+    ("tile N47", lambda i: tile(i, 47), BASE, torch.bfloat16, Limit(112, 12, 4, products=8)),
+    ("tile N64", lambda i: tile(i, 64), BASE, torch.bfloat16, Limit(112, 12, 4, products=8)),
+    ("tile N96", lambda i: tile(i, 96), BASE, torch.bfloat16, Limit(232, 20, 4, products=12)),
+    ("tile N138", lambda i: tile(i, 138), BASE, torch.bfloat16, Limit(80, 17, 1, products=64)),
+    ("tile N197", lambda i: tile(i, 197), BASE, torch.bfloat16, Limit(80, 17, 1, products=64)),
+    ("tile N47", lambda i: tile(i, 47), BASE, torch.float32, Limit(40, 9, 1)),
+    ("tile backward N47", lambda i: tile(i, 47, True), BASE, torch.bfloat16, Limit(208, 16, 12, products=20)),
+    ("tile backward N64", lambda i: tile(i, 64, True), BASE, torch.bfloat16, Limit(208, 16, 12, products=20)),
+    ("tile backward N96", lambda i: tile(i, 96, True), BASE, torch.bfloat16, Limit(176, 10, 9, products=52)),
+    ("tile backward N138", lambda i: tile(i, 138, True), BASE, torch.bfloat16, Limit(255, 18, 17, products=104)),
+    ("tile backward N197", lambda i: tile(i, 197, True), BASE, torch.bfloat16, Limit(255, 18, 17, products=104)),
     ("select_patches", selection, BASE, torch.float32, Limit(48, 0, 0)),
     ("remap", remapping, BASE, torch.float32, Limit(24, 2, 2)),
     ("remap", remapping, BASE, torch.bfloat16, Limit(16, 1, 1)),
@@ -192,3 +214,4 @@ def test_machine_code(row: tuple[str, Callable[[Inputs], Launch], Grid, torch.dt
     assert compiled.registers <= limit.registers, compiled
     assert compiled.loads16 >= limit.loads16, compiled
     assert compiled.stores16 >= limit.stores16, compiled
+    assert compiled.products >= limit.products, compiled
