@@ -8,36 +8,43 @@ the machine's speed hits all of them. Writes one CSV row a system and prints the
 """
 
 import argparse
-import csv
 import multiprocessing as mp
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
 from benchmarks.baseline import PublishedLoop, TunedLoop
-from smi_fast.config import PAPER_STOPS, InversionConfig
-from smi_fast.engine.compiler import compile_step
-from smi_fast.engine.state import State, new_state, stop_patches
-from smi_fast.engine.step import build_step
+from benchmarks.common import (
+    DTYPES,
+    MEAN,
+    RESULTS,
+    STD,
+    about,
+    build_model,
+    build_vit,
+    device_argument,
+    fixed_keep,
+    grid_of,
+    make_step,
+    model_name,
+    paper_kept,
+    positive,
+    quantile,
+    state_at,
+    synchronize,
+    write_csv,
+)
+from smi_fast.config import InversionConfig
 from smi_fast.flops import iteration_flops
 from smi_fast.kernels.patch_cells import put_patches_
 from smi_fast.model.from_timm import from_timm
 from smi_fast.model.spec import ModelInfo
-from smi_fast.priors import priors_of
-from smi_fast.report import device_name, peak_memory_bytes
-from smi_fast.schedule import plan_stages
-from smi_fast.versions import versions
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from smi_fast.report import peak_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -71,24 +78,11 @@ SYSTEMS = (
 )
 
 
-def build_vit(setting: Setting) -> Any:
-    """The same random weights in every process."""
-    torch.manual_seed(0)
-    return timm.create_model(setting.model).eval().to(setting.device)
-
-
-def fixed_keep(batch: int, patches: int, kept: int) -> Tensor:
-    """``[B, kept]`` ascending ids, the same in every process."""
-    generator = torch.Generator().manual_seed(kept)
-    rows = [torch.randperm(patches, generator=generator)[:kept].sort().values for _ in range(batch)]
-    return torch.stack(rows)
-
-
 class Baseline:
     """A yard-stick loop at a fixed set of patches."""
 
     def __init__(self, system: System, setting: Setting, kept: int) -> None:
-        vit, labels = build_vit(setting), torch.arange(setting.batch)
+        vit, labels = build_vit(setting.model, setting.device), torch.arange(setting.batch)
         if system.name == "published":
             self.loop: PublishedLoop | TunedLoop = PublishedLoop(vit, labels, MEAN, STD, 0)
         else:
@@ -114,27 +108,14 @@ class Ours:
     """The engine's step at a fixed set of patches, eager or compiled."""
 
     def __init__(self, system: System, setting: Setting, kept: int) -> None:
-        info = ModelInfo(setting.model, "", MEAN, STD)
-        self.model = from_timm(build_vit(setting), info).with_dtype(DTYPES[system.dtype])
+        self.model = build_model(setting.model, setting.device, DTYPES[system.dtype])
         self.shape = self.model.shape
         self.keep = fixed_keep(setting.batch, self.shape.grid.patches, kept).to(setting.device)
-        self.state = self._state(InversionConfig())
-        self.run = self._build(system, InversionConfig(), self.state)
+        self.state = state_at(self.model, InversionConfig(), self.keep)
+        self.run = make_step(self.model, InversionConfig(), self.state, system.name)
         # the reference preset's gradient is what the yard-stick computes; jitter off
         self.reference = InversionConfig(preset="reference", jitter=0.0, flip=False)
         self.system = system
-
-    def _state(self, config: InversionConfig) -> State:
-        batch = list(range(len(self.keep)))
-        state = new_state(self.model, config, batch, batch, len(priors_of(config)))
-        if self.keep.shape[1] < self.shape.grid.patches:
-            state.scores.scatter_(1, self.keep, 1.0)
-            state = stop_patches(state, self.keep.shape[1], config.rules.stop_updates)
-        return state
-
-    def _build(self, system: System, config: InversionConfig, state: State) -> Callable[[State], None]:
-        step = build_step(self.model, config, priors_of(config))
-        return compile_step(step, state) if system.name == "compiled" else step
 
     @torch.no_grad()
     def step(self) -> None:
@@ -145,10 +126,10 @@ class Ours:
     def gradient(self, canvas: Tensor) -> Tensor:
         """``[B, 3, H, W]``, as `Baseline.gradient`; eager rows under ``reference``, compiled ones as they are timed."""
         config = InversionConfig() if self.system.name == "compiled" else self.reference
-        state = self._state(config)
+        state = state_at(self.model, config, self.keep)
         state.jitter.zero_()
         state.canvas.copy_(canvas)
-        run = self.run if self.system.name == "compiled" else build_step(self.model, config, priors_of(config))
+        run = self.run if self.system.name == "compiled" else make_step(self.model, config, state, "eager")
         run(state)
         patches = state.first / (1 - config.betas[0])
         gradient = torch.zeros_like(canvas)
@@ -171,8 +152,7 @@ def serve(system: System, setting: Setting, kept: int, pipe: Any) -> None:
         begin = time.perf_counter()
         for _ in range(order[1]):
             runner.step()
-        if setting.device != "cpu":
-            torch.cuda.synchronize()
+        synchronize(setting.device)
         seconds = (time.perf_counter() - begin) / order[1]
         pipe.send((seconds, peak_memory_bytes(torch.device(setting.device))))
 
@@ -236,11 +216,6 @@ def check_agreement(remotes: list[Remote], setting: Setting) -> None:
         assert error < limit, f"{name} at {kept} patches: relative error {error:.3g} of the gradient, limit {limit}"
 
 
-def quantile(values: list[float], share: float) -> float:
-    """By linear interpolation."""
-    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
-
-
 def row(remote: Remote, setting: Setting, baseline: Remote) -> dict[str, Any]:
     """One line of the CSV."""
     p20, p50, p80 = (quantile(remote.seconds, share) for share in (0.2, 0.5, 0.8))
@@ -260,16 +235,8 @@ def row(remote: Remote, setting: Setting, baseline: Remote) -> dict[str, Any]:
         "speed_up_over_published_p50": round(statistics.median(ratios), 2),
         "peak_memory_mib": round(remote.memory / 2**20),
         "seconds_setup": round(remote.seconds_setup, 1),
-        "device_name": device_name(torch.device(setting.device)),
-        "torch": versions()["torch"],
-        "commit": commit(),
+        **about(setting.device),
     }
-
-
-def commit() -> str:
-    """Of the checkout, with a mark where it has uncommitted changes."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def measure(
@@ -309,36 +276,26 @@ def report(rows: list[dict[str, Any]], blocks: dict[str, list[Remote]]) -> None:
 def main() -> None:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--model", default="deit_tiny_patch16_224")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=2, help="iterations a system runs in a round")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", type=device_argument, default="cpu")
+    parser.add_argument("--model", type=model_name, default="deit_tiny_patch16_224")
+    parser.add_argument("--batch", type=positive, default=8)
+    parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument("--steps", type=positive, default=2, help="iterations a system runs in a round")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--stages", nargs="+", choices=("sparse", "dense"), default=["sparse", "dense"])
     parser.add_argument("--quick", action="store_true", help="published, tuned and the bf16 compiled system alone")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: no CUDA device here")
     if "sparse" not in args.stages:
         parser.error("--stages: sparse must be among them, since speed-ups are told for it")
     setting = Setting(args.model, args.batch, args.device, args.threads)
-    patches = timm.create_model(args.model).patch_embed.num_patches
-    last = plan_stages(patches, PAPER_STOPS, 4000)[-1].kept
-
+    patches = grid_of(args.model).patches
     systems = tuple(SYSTEMS[i] for i in (0, 1, 5)) if args.quick else SYSTEMS
-    kept = {"sparse": last, "dense": patches}
+    kept = {"sparse": paper_kept(patches)[-1], "dense": patches}
     blocks = {name: measure(setting, kept[name], args.rounds, args.steps, systems) for name in args.stages}
     rows = [row(remote, setting, group[0]) for group in blocks.values() for remote in group]
     report(rows, blocks)
-    out = args.out or Path(__file__).parent / "results" / f"engine-{args.device}-{args.model}-b{args.batch}.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written to {out}")
+    write_csv(rows, args.out or RESULTS / f"engine-{args.device}-{args.model}-b{args.batch}.csv")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ all of it. GB/s counts the least bytes an op must move, whatever it moves.
 """
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,18 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.engine import commit, quantile
+from benchmarks.common import (
+    RESULTS,
+    about,
+    copy_bandwidth,
+    device_argument,
+    paper_kept,
+    positive,
+    quantile,
+    timed,
+    write_csv,
+)
 from benchmarks.kernel_cases import Op, Shape, all_ops
-from smi_fast.config import PAPER_STOPS
 from smi_fast.kernels.configs import tuned_table
 from smi_fast.kernels.grid import Grid
-from smi_fast.report import device_name
-from smi_fast.schedule import plan_stages
 from smi_fast.versions import versions
 
 MODELS = ((Grid(224, 224, 16), 12), (Grid(32, 32, 4), 3))  # DeiT-Base and the bundled teacher: grid, heads
 DTYPES = (torch.bfloat16, torch.float32)
-RESULTS = Path(__file__).parent / "results"
 Call = Callable[[], Any]
 
 
@@ -40,9 +45,8 @@ def shapes(device: str, batches: list[int]) -> Iterator[Shape]:
     """All shapes, the most telling first: the first batch of the list, large images, low precision."""
     for batch in batches:
         for grid, heads in MODELS:
-            stages = [stage.kept for stage in plan_stages(grid.patches, PAPER_STOPS, 4000)]
             for dtype in DTYPES:
-                for kept in reversed(stages):
+                for kept in reversed(paper_kept(grid.patches)):
                     yield Shape(grid, batch, kept, dtype, heads, device)
 
 
@@ -82,20 +86,6 @@ def graph_of(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> Call:
         for arguments in sets:
             function(*arguments)
     return graph.replay
-
-
-def timed(call: Call, device: str) -> float:
-    """Seconds of one call."""
-    if device == "cpu":
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
 
 
 def systems_of(op: Op, shape: Shape, compiled: bool) -> dict[str, Callable[..., Any]]:
@@ -158,28 +148,18 @@ def row(op: Op, shape: Shape, seconds: dict[str, list[float]], copy: float) -> d
     return line
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes a second of a large copy on the device, read and written, median of 20."""
-    size = 2**30 if device != "cpu" else 2**27
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * size / statistics.median(timed(lambda: target.copy_(source), device) for _ in range(20))
-
-
 def ends(shape: Shape) -> bool:
     """Is it the last stage's shape, or the dense one's?"""
-    stages = plan_stages(shape.grid.patches, PAPER_STOPS, 4000)
-    return shape.kept in (stages[0].kept, stages[-1].kept)
+    stages = paper_kept(shape.grid.patches)
+    return shape.kept in (stages[0], stages[-1])
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows until the time is spent; what was left out is printed."""
     device, batches, rounds = args.device, args.batches, args.rounds
     begin, copy = time.monotonic(), copy_bandwidth(device)
-    print(f"{device_name(torch.device(device))}: a large copy moves {copy / 1e9:.0f} GB/s", flush=True)
-    about = {"copy_gb_per_s": round(copy / 1e9, 1), "device_name": device_name(torch.device(device))}
-    about |= {"torch": versions()["torch"], "triton": versions()["triton"], "commit": commit(), "rounds": rounds}
+    where = {"copy_gb_per_s": round(copy / 1e9, 1), **about(device), "triton": versions()["triton"], "rounds": rounds}
+    print(f"{where['device_name']}: a large copy moves {where['copy_gb_per_s']} GB/s", flush=True)
     rows = []
     compiled_shapes = [shape for shape in shapes(device, batches[:1]) if ends(shape)][: args.compiled]
     for shape in shapes(device, batches):
@@ -189,7 +169,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         for op in all_ops(shape):
             if args.only not in op.name:
                 continue
-            line = measure(op, shape, rounds, shape in compiled_shapes, copy) | about
+            line = measure(op, shape, rounds, shape in compiled_shapes, copy) | where
             rows.append(line)
             print(
                 f"{line['op']:50s} {shape.grid.height}/{shape.grid.patch} B={shape.batch:3d} K={shape.kept:3d} "
@@ -203,26 +183,18 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batches", type=int, nargs="+", default=[128, 119, 32, 256, 479])
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--device", type=device_argument, default="cuda", help="cpu times the references alone")
+    parser.add_argument("--batches", type=positive, nargs="+", default=[128, 119, 32, 256, 479])
+    parser.add_argument("--rounds", type=positive, default=25)
     parser.add_argument("--seconds", type=float, default=600.0, help="start no shape after that many")
     parser.add_argument("--compiled", type=int, default=8, help="compile the references of so many shapes (slow)")
     parser.add_argument("--only", default="", help="ops whose name contains this")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device here: --device cpu times the references alone")
     if args.only and not any(args.only in op.name for op in all_ops(next(shapes("cpu", [1])))):
         parser.error(f"--only {args.only}: no op has that in its name")
     rows = run(args)
-    out = args.out or RESULTS / f"kernels-{args.device}.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written to {out}")
+    write_csv(rows, args.out or RESULTS / f"kernels-{args.device}.csv")
     if tuned_table():
         print(f"PINNED, as measured:\n{tuned_table()}")
 
