@@ -8,8 +8,10 @@ import csv
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.common import RESULTS
+from benchmarks.scaling import exponents
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 END = "<!-- end of table -->\n"
 NAMES = {
     "published": "published loop",
@@ -80,12 +82,47 @@ def kernel_table(device: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+UNITS = {
+    "sparsity": "kept patches",
+    "batch": "images",
+    "model": "million weights",
+    "resolution": "pixels a side",
+}
+
+
+def scaling_table(device: str) -> str:
+    """By axis: the exponent of the measured cost beside that of the FLOP count, and the rates at both ends."""
+    rows = rows_of(f"scaling-{device}.csv")
+    if not rows:
+        return "Not measured: no machine with a GPU was at hand since this benchmark was written.\n"
+    first = rows[0]
+    lines = [
+        f"{first['device_name']}, torch {first['torch']}, commit {first['commit']}; {first['impl']}, {first['dtype']}. "
+        f"Medians of at least {min(int(row['rounds']) for row in rows)} rounds in which the points of an axis took "
+        "turns; losses were checked first.",
+        "",
+        "| axis | from | to | points | ms an iteration | GFLOP/s | measured exponent | predicted |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for axis, (measured, predicted) in exponents(rows).items():
+        some = [row for row in rows if row["axis"] == axis]
+        low, high = some[0], some[-1]
+        lines.append(
+            f"| {axis} | {low['value']} {UNITS[axis]} | {high['value']} | {len(some)} | {low['ms_p50']} to "
+            f"{high['ms_p50']} | {low['true_gflop_per_s']} to {high['true_gflop_per_s']} | {measured:.2f} | "
+            f"{predicted:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 # by file: mark that a table stands behind, and what makes it
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"engine": engine_table},
     ROOT / "benchmarks" / "README.md": {
         "kernels on a GPU": lambda: kernel_table("cuda"),
         "references on a CPU": lambda: kernel_table("cpu"),
+        "scaling on a GPU": lambda: scaling_table("cuda"),
+        "scaling on a CPU": lambda: scaling_table("cpu"),
     },
 }
 
