@@ -18,7 +18,8 @@ the sums. In the engine's step on CUDA the gradient is taken inside ``adam_updat
 """
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, cast, get_args
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ TVNorm = Literal["pixel", "image", "batch"]
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
-class Halo(NamedTuple):
+@dataclass(frozen=True)
+class Halo:
     """Patches with a rim of one pixel: where they lie, and how their pairs count. It hangs on the ids alone."""
 
     index: Tensor  # [B, A * (P+2)^2] int64 into H * W, a pixel outside the image clamped to its edge

@@ -68,7 +68,7 @@ def build_report(inverter: Inverter, images: SparseImages, interrupted: bool = F
         },
         "failed": [{"image_id": int(images.image_ids[i]), "iteration": int(images.failed_at[i])} for i in failures],
         "config": config.to_dict(),
-        "batch_size": inverter.batch_size,
+        "batch_size": list(inverter.batches),
         "impl": inverter.impl,
         "kernels": "triton" if uses_kernels(model) else "torch",
         "dtype": model.precision,

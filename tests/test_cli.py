@@ -17,9 +17,9 @@ from rich.console import Console
 
 from smi_fast import SparseImages, load_model
 from smi_fast.cli import main
-from smi_fast.cli.invert import even_batch_size
 from smi_fast.cli.options import parse_device, parse_dtype, parse_stops
 from smi_fast.cli.progress import BarProgress
+from smi_fast.engine.batches import even_batches
 from smi_fast.images import Process
 from smi_fast.kernels.patch_cells import take_patches
 from smi_fast.schedule import plan_stages
@@ -251,8 +251,8 @@ def test_interrupt_before_the_first_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "limit", "batch"), [(1, 64, 1), (64, 64, 64), (65, 64, 33), (200, 64, 50), (10, 3, 3), (9, 4, 3)]
 )
-def test_even_batch_size(images: int, limit: int, batch: int) -> None:
-    assert even_batch_size(images, limit) == batch
+def test_even_batches(images: int, limit: int, batch: int) -> None:
+    assert even_batches(images, (limit, limit)) == (batch, batch)
 
 
 def test_options() -> None:
@@ -284,13 +284,13 @@ def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.StringIO()
     stages = plan_stages(64, ((2, 0.5),), 4)
     progress = BarProgress(Console(file=written, width=200), images=2, stages=stages, work=[2.0, 1.0])
-    progress.batch_started(0, 2)
+    progress.group_started(0, 2)
     progress.compiling(1, 2, 64)
     progress.compiled(3.4)
-    progress.stage_started(0, stages[0])
+    progress.stage_started(0, stages[0], 0, 2)
     for iteration in (1, 2):
         progress.stepped(iteration, 1.5)
-    progress.stage_started(1, stages[1])
+    progress.stage_started(1, stages[1], 0, 2)
     progress.stepped(3, None)
     progress.image_failed(1, 2)
     lines = written.getvalue().splitlines()

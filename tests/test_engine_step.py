@@ -72,7 +72,7 @@ def test_gradient_is_that_of_autograd_through_timm(make_model: MakeModel, tiny_v
     with torch.no_grad():
         build_step(model, config, priors_of(config))(after)
 
-    shift, flip = before.jitter[steps, :, :2], before.jitter[steps, :, 2] == 1
+    shift, flip = before.jitter[:, steps, :2], before.jitter[:, steps, 2] == 1
     assert steps == 3 or shift.any(), "a step that does not move the image proves little"  # 3 comes before a stop
     canvas = before.canvas.clone().requires_grad_()
     moved = torch.stack([

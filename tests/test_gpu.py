@@ -13,6 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Inverter
 from smi_fast.engine.compiler import compile_step
+from smi_fast.engine.graphs import UNROLLED
+from smi_fast.engine.inverter import Impl
+from smi_fast.engine.runner import Runner
 from smi_fast.engine.state import State, new_state, stop_patches, uses_kernels
 from smi_fast.engine.step import build_step
 from smi_fast.kernels.grid import Grid
@@ -67,30 +70,59 @@ def test_the_step_neither_waits_nor_allocates(model: SparseViT, impl: str) -> No
 
 @pytest.mark.parametrize("impl", ["eager", "compiled"])
 @torch.no_grad()
-def test_a_captured_step_equals_the_step(model: SparseViT, impl: str) -> None:
+def test_captured_iterations_equal_single_ones(model: SparseViT, impl: str) -> None:
     # what hangs on a host value (a shift, a rate, an iteration) would be frozen in a capture, and replays would differ
-    state = at_second_stage(model)
+    group = at_second_stage(model)
     built = build_step(model, CONFIG, priors_of(CONFIG))
-    step = compile_step(built, state) if impl == "compiled" else built
-    plain, captured = state.clone(), state.clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # two steps, after which the canvases are back in their places
-            step(state)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(captured)
-        step(captured)
-    for _ in range(5):
-        graph.replay()
-    for _ in range(10):
-        step(plain)
+    step = compile_step(built, group) if impl == "compiled" else built
+    plain, captured = Runner(step, group, None), Runner(step, group, torch.cuda.graph_pool_handle())
+    for runner in (plain, captured):
+        runner.load(group, 0)
+    for _ in range(2 * UNROLLED):
+        plain.advance(1)
     torch.cuda.synchronize()
-    assert captured.iteration.item() == plain.iteration.item() == 14
-    for name, one, other in zip(vars(plain), plain.tensors(), captured.tensors(), strict=False):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert [captured.advance(2 * UNROLLED), captured.advance(UNROLLED)] == [UNROLLED, UNROLLED]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert captured.state.iteration.item() == plain.state.iteration.item() == 4 + 2 * UNROLLED
+    for name, one, other in zip(vars(group), plain.state.tensors(), captured.state.tensors(), strict=False):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("impl", ["eager", "compiled"])
+def test_graphs_change_no_image(model: SparseViT, impl: Impl) -> None:
+    config = InversionConfig(iterations=57, stops=((14, 0.3), (33, 0.4)), jitter=0.3)
+    with_graphs, without = (
+        Inverter(model, config, batch_size=(2, 4, 4), impl=impl, cuda_graphs=graphs)([0, 1, 2, 3])
+        for graphs in (True, False)
+    )
+    assert torch.equal(with_graphs.keep, without.keep)
+    torch.testing.assert_close(with_graphs.pixels, without.pixels, rtol=0, atol=1e-3)
+
+
+def test_deterministic_mode_gives_the_same_bytes(model: SparseViT) -> None:
+    one, other = (
+        Inverter(model, CONFIG, batch_size=2, impl="eager", deterministic=True)([0, 1, 2, 3]) for _ in range(2)
+    )
+    assert torch.equal(one.pixels, other.pixels)
+
+
+def test_memory_runs_out_and_the_run_goes_on(model: SparseViT, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Inverter(model, CONFIG, batch_size=4, impl="eager")([0, 1, 2, 3])
+    advance = Runner.advance
+
+    def greedy(self: Runner, most: int) -> int:
+        if len(self.state.keep) > 2:  # a real failure of the allocator, and what it leaves behind
+            torch.empty(2**50, dtype=torch.uint8, device="cuda")
+        return advance(self, most)
+
+    monkeypatch.setattr(Runner, "advance", greedy)
+    with pytest.warns(UserWarning, match="out of device memory"):
+        halves = Inverter(model, CONFIG, batch_size=4, impl="eager")([0, 1, 2, 3])
+    torch.testing.assert_close(halves.pixels, whole.pixels, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda backend: backend.name)

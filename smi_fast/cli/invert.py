@@ -11,6 +11,7 @@ from smi_fast.cli.outputs import PREVIEW, check_folder, make_folder, write_run
 from smi_fast.cli.progress import BarProgress
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Inverter, Snapshots
+from smi_fast.engine.batches import even_batches, stage_batches
 from smi_fast.engine.snapshots import default_iterations
 from smi_fast.flops import iteration_flops
 from smi_fast.images import SparseImages
@@ -63,6 +64,8 @@ def invert(
     )
     if count < 1:
         raise ValueError(f"--count {count}: must be at least 1")
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: must be at least 1")
     check_folder(out, overwrite)
     where = o.parse_device(device)
     vit = load_model(
@@ -78,7 +81,7 @@ def invert(
     inverter = Inverter(
         vit,
         config,
-        batch_size=even_batch_size(len(targets), batch_size),
+        batch_size=even_batches(len(targets), stage_batches(batch_size, len(config.stops) + 1, True)),
         impl=impl,  # type: ignore[arg-type]
         snapshots=snapshots,
     )
@@ -93,14 +96,6 @@ def invert(
     typer.echo(f"{len(images)} images, {summary}, {report['seconds_per_image']:.2f} s an image: {out / PREVIEW}")
     if interrupted:
         raise typer.Exit(130)
-
-
-def even_batch_size(images: int, limit: int) -> int:
-    """The largest batch up to ``limit`` that needs no more batches than ``limit`` would, and little filling up."""
-    if limit < 1:
-        raise ValueError(f"--batch-size {limit}: must be at least 1")
-    batches = -(-images // limit)
-    return -(-images // batches)
 
 
 def run(inverter: Inverter, targets: list[int], console: Console) -> tuple[SparseImages | None, bool]:

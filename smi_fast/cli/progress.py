@@ -40,7 +40,7 @@ class BarProgress(Progress):
         self.done = 0.0  # work, in the unit of ``work``
         self.seconds, self.resumed = 0.0, time.perf_counter()  # running time so far, and since when it runs again
         self.images_done, self.image_iterations = 0, 0
-        self.batch_images, self.stage_index = 0, 0
+        self.batch_images, self.stage_index, self.iteration = 0, 0, 0
         self.logged = time.perf_counter()
 
     def __enter__(self) -> "BarProgress":
@@ -55,9 +55,8 @@ class BarProgress(Progress):
         if not self.console.is_terminal:
             self.console.print(text, highlight=False)
 
-    def batch_started(self, index: int, images: int) -> None:
-        """Remember how many images each step counts for."""
-        self.batch_images = images
+    def group_started(self, index: int, images: int) -> None:
+        """The clock runs again."""
         self.resumed = time.perf_counter()
 
     def compiling(self, bucket: int, buckets: int, kept: int) -> None:
@@ -70,18 +69,19 @@ class BarProgress(Progress):
         self.console.print(f"  compiled in {seconds:.0f} s", highlight=False)
         self.resumed = time.perf_counter()
 
-    def stage_started(self, index: int, stage: Stage) -> None:
+    def stage_started(self, index: int, stage: Stage, first: int, images: int) -> None:
         """Name the stage, and the images it is for."""
-        self.stage_index = index
-        first, last = self.images_done + 1, self.images_done + self.batch_images
+        self.stage_index, self.iteration, self.batch_images = index, stage.start, images
+        first, last = self.images_done + first + 1, self.images_done + first + images
         self._describe(
             f"images {first}-{last} of {self.images}, stage {index + 1} of {len(self.stages)} ({stage.kept} patches)"
         )
 
     def stepped(self, iteration: int, loss: float | None) -> None:
-        """Advance by the cost of the step."""
-        self.done += self.batch_images * self.work[self.stage_index]
-        self.image_iterations += self.batch_images
+        """Advance by the cost of the steps."""
+        steps, self.iteration = iteration - self.iteration, iteration
+        self.done += steps * self.batch_images * self.work[self.stage_index]
+        self.image_iterations += steps * self.batch_images
         seconds = self.seconds + time.perf_counter() - self.resumed
         left = seconds / self.done * (self.total - self.done)
         fields = {
@@ -101,8 +101,14 @@ class BarProgress(Progress):
             f"[yellow]image {image_id}: a step was not finite at iteration {iteration}; the image was stopped there"
         )
 
-    def batch_finished(self, index: int, images: int) -> None:
-        """Bank the time of the batch."""
+    def out_of_memory(self, index: int, batch: int, smaller: int) -> None:
+        """Say it; the run goes on."""
+        self.console.print(
+            f"[yellow]stage {index + 1}: out of device memory at a batch of {batch}, going on with {smaller}"
+        )
+
+    def group_finished(self, index: int, images: int) -> None:
+        """Bank the time of the group."""
         self.seconds += time.perf_counter() - self.resumed
         self.resumed = time.perf_counter()
         self.images_done += images

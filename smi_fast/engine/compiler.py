@@ -47,11 +47,12 @@ def compile_step(step: Step, state: State, backend: str = "inductor") -> Callabl
     Raises:
         Exception: whatever inductor raises where the graph does not compile; there is no way back to eager.
     """
-    graph, example = trace_step(step, state), list(state.clone().tensors())
+    graph, example = trace_step(step, state), state.clone().tensors()
+    compiled: Callable[..., tuple[Tensor | None, ...]]
     if backend == "inductor":
         use_private_cache()
         with torch.no_grad():
-            compiled = torch._inductor.standalone_compile(graph, example, dynamic_shapes="from_example_inputs")
+            compiled = torch._inductor.standalone_compile(graph, [*example], dynamic_shapes="from_example_inputs")
     else:
         compiled = torch.compile(graph, fullgraph=True, dynamic=False, backend=backend)
 

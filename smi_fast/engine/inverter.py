@@ -5,50 +5,36 @@ import operator
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from smi_fast.config import InversionConfig
-from smi_fast.engine.compiler import compile_step, why_not_compile
+from smi_fast.engine.batches import halved, lowered, stage_batches
+from smi_fast.engine.buckets import Bucket, Buckets, Recipe
+from smi_fast.engine.compiler import why_not_compile
+from smi_fast.engine.determinism import deterministic_algorithms
+from smi_fast.engine.groups import Group, cut_groups
 from smi_fast.engine.losses import LossReader
 from smi_fast.engine.progress import Progress
+from smi_fast.engine.runner import Runner
 from smi_fast.engine.snapshots import Snapshots
 from smi_fast.engine.state import State, new_state, stop_patches
-from smi_fast.engine.step import build_step
 from smi_fast.images import Provenance, SparseImages
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.priors import Prior, priors_of
-from smi_fast.schedule import Stage, plan_stages
+from smi_fast.schedule import plan_stages
 from smi_fast.versions import versions
 
 Impl = Literal["eager", "compiled"]
 
 
-class Bucket(NamedTuple):
-    """The static shapes of one stage."""
-
-    batch: int
-    kept: int
-
-
 class Interrupted(Exception):
     """Raised inside the engine's thread when the caller has gone away."""
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """One batch on its way through the stages; images after the first ``wanted`` fill it up."""
-
-    index: int
-    labels: list[int]
-    image_ids: list[int]
-    wanted: int
-    gone: threading.Event
 
 
 @dataclass
@@ -67,16 +53,28 @@ class Inverter:
     Args:
         model: from `smi_fast.load_model`; its dtype is the compute dtype, its device is where the work is done.
         config: the inversion.
-        batch_size: images in work at a time. Under ``paper`` the last batch is filled up with spare images, so that
-            every batch runs on the same graphs; under ``reference``, where batch-mates matter, it is left short.
+        batch_size: images in work at a time; or one number for each stage, of which each divides the largest. As many
+            images as the largest go through the stages as a group, each stage cut into batches of its own, so that late
+            stages, which have few patches, can run on more images than early ones. Under ``paper`` the last group is
+            filled up with spare images, so that every batch runs on the same graphs; under ``reference``, where
+            batch-mates matter, all stages have one batch, and the last is left short.
         impl: "compiled" (one graph a bucket) or "eager". Where the machine cannot compile, a warning says why, and
             ``impl`` reads "eager" from then on.
         priors: terms of the loss besides cross-entropy; None takes those that the configuration names.
         progress: told of the work as it goes on.
         snapshots: collects canvases of the first batch on the way, see `Snapshots`.
+        cuda_graphs: on CUDA, launch many iterations at once as a captured graph; priors must be fit for it.
+        compile_ahead: compile the next stage's bucket while a stage runs; None: on CUDA, where the host is idle.
+        deterministic: the same seed, device and versions give the same bytes. On CUDA this turns on
+            ``torch.use_deterministic_algorithms`` while the engine works, which some operations pay for; elsewhere it
+            is so anyway.
+
+    Where a batch of ``paper`` does not fit into device memory, its stage goes on with half of it, and
+    `Progress.out_of_memory` is told; nothing that was done is lost.
 
     Raises:
-        ValueError: a batch size below 1, an unknown ``impl``, a schedule that does not fit the model's grid.
+        ValueError: a batch size below 1 or that does not divide the largest, an unknown ``impl``, a schedule that does
+            not fit the model's grid.
     """
 
     def __init__(
@@ -84,24 +82,29 @@ class Inverter:
         model: SparseViT,
         config: InversionConfig,
         *,
-        batch_size: int = 8,
+        batch_size: int | Sequence[int] = 8,
         impl: Impl = "compiled",
         priors: Sequence[Prior] | None = None,
         progress: Progress | None = None,
         snapshots: Snapshots | None = None,
+        cuda_graphs: bool = True,
+        compile_ahead: bool | None = None,
+        deterministic: bool = False,
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: must be an integer of at least 1")
         if impl not in ("eager", "compiled"):
             raise ValueError(f"impl={impl!r}: must be 'eager' or 'compiled'")
-        self.model, self.config, self.batch_size = model, config, batch_size
+        self.model, self.config = model, config
         self.stages = plan_stages(model.grid.patches, config.stops, config.iterations)
+        self.batches = stage_batches(batch_size, len(self.stages), config.rules.stop_updates)
         self.priors = priors_of(config) if priors is None else tuple(priors)
         self.progress = progress or Progress()
         self.snapshots = snapshots
+        self.deterministic = deterministic
         self.stats = Stats(stage_seconds=[0.0] * len(self.stages))
         self.impl: Impl = self._usable(impl)
-        self._steps: dict[Bucket, Callable[[State], None]] = {}
+        on_cuda = model.device.type == "cuda"
+        self.compile_ahead = on_cuda if compile_ahead is None else compile_ahead
+        self.buckets = Buckets(Recipe(model, config, self.priors, self.impl == "compiled", cuda_graphs))
 
     def _usable(self, impl: Impl) -> Impl:
         reason = why_not_compile(self.model.device.type) if impl == "compiled" else None
@@ -130,23 +133,24 @@ class Inverter:
         return SparseImages.cat(list(self.stream(labels, image_ids)))
 
     def stream(self, labels: Iterable[int], image_ids: Iterable[int] | None = None) -> Iterator[SparseImages]:
-        """Yield finished batches of a label stream, of any length, while the next batch is in work.
+        """Yield finished groups of a label stream, of any length, while the next group is in work.
 
-        Batches come in the order of the labels. Closing the iterator (or an interrupt) stops the work after the
-        current step and drops the unfinished batches.
+        Groups come in the order of the labels. Closing the iterator (or an interrupt) stops the work after the
+        current step and drops the unfinished groups.
 
         Raises:
             ValueError: a label that the model does not know, or an id that is no integer of 0 or more, when the
-                stream comes to its batch.
-            MemoryError: the batch does not fit into device memory.
+                stream comes to its group.
+            MemoryError: not even a single image fits into device memory, or the group as a whole does not.
         """
         gone = threading.Event()
-        batches = self._batches(labels, itertools.count() if image_ids is None else image_ids, gone)
+        ids = itertools.count() if image_ids is None else image_ids
+        groups = cut_groups(zip(labels, ids, strict=False), lambda: self.batches, self.config.rules.stop_updates, gone)
         with ThreadPoolExecutor(1, thread_name_prefix="smi_fast") as pool:
             pending: Future[SparseImages] | None = None
             try:
-                for batch in batches:
-                    following = pool.submit(self._invert, batch)
+                for group in groups:
+                    following = pool.submit(self._invert, group)
                     if pending is not None:
                         yield pending.result()
                     pending = following
@@ -154,18 +158,6 @@ class Inverter:
                     yield pending.result()
             finally:
                 gone.set()
-
-    def _batches(self, labels: Iterable[int], image_ids: Iterable[int], gone: threading.Event) -> Iterator[_Batch]:
-        """Cut the stream; see ``batch_size`` for the last one."""
-        pairs = zip(labels, image_ids, strict=False)
-        for index in itertools.count():
-            chunk = list(itertools.islice(pairs, self.batch_size))
-            if not chunk:
-                return
-            wanted = len(chunk)
-            if self.config.rules.stop_updates and index > 0:
-                chunk += chunk[-1:] * (self.batch_size - wanted)
-            yield _Batch(index, [label for label, _ in chunk], [i for _, i in chunk], wanted, gone)
 
     def _class_index(self, label: Any) -> int:
         """A label as an int; numpy integers and 0-d tensors will do."""
@@ -179,86 +171,110 @@ class Inverter:
         return index
 
     @torch.no_grad()
-    def _invert(self, batch: _Batch) -> SparseImages:
-        """One batch from start to finish; runs in the engine's thread."""
-        self.progress.batch_started(batch.index, batch.wanted)
-        begin, compiled_before = time.perf_counter(), self.stats.seconds_compile
+    def _invert(self, group: Group) -> SparseImages:
+        """One group from start to finish; runs in the engine's thread."""
+        self.progress.group_started(group.index, group.wanted)
+        for number, limit in enumerate(self.batches):  # the group may have been cut before memory ran out
+            if group.batches[number] % limit == 0:
+                group.batches[number] = limit
+        begin, compiled_before = time.perf_counter(), self.buckets.seconds_compile
         try:
-            images = self._finish(self._run_stages(batch), batch)
+            with deterministic_algorithms(self.deterministic and self.model.device.type == "cuda"):
+                images = self._finish(self._run_stages(group), group)
         except torch.OutOfMemoryError as error:
+            batches = self.batches if len(set(self.batches)) > 1 else self.batches[0]
             raise MemoryError(
-                f"out of device memory at batch_size={self.batch_size}; a smaller batch size needs less: {error}"
+                f"out of device memory at batch_size={batches}; a smaller batch size needs less: {error}"
             ) from error
-        compiling = self.stats.seconds_compile - compiled_before
-        self.stats.seconds_run += time.perf_counter() - begin - compiling
-        self.stats.images += batch.wanted
-        self.progress.batch_finished(batch.index, batch.wanted)
+        for number, seconds in group.clock.seconds():
+            self.stats.stage_seconds[number] += seconds
+        self.stats.seconds_compile = self.buckets.seconds_compile
+        self.stats.seconds_run += time.perf_counter() - begin - (self.stats.seconds_compile - compiled_before)
+        self.stats.images += group.wanted
+        self.progress.group_finished(group.index, group.wanted)
         return images
 
-    def _run_stages(self, batch: _Batch) -> State:
-        """From the start of a batch to its last step."""
-        labels = [self._class_index(label) for label in batch.labels]
-        state = new_state(self.model, self.config, labels, batch.image_ids, len(self.priors))
-        reader = LossReader(state)
+    def _run_stages(self, group: Group) -> State:
+        """From the start of a group to its last step."""
+        labels = [self._class_index(label) for label in group.labels]
+        state = new_state(self.model, self.config, labels, group.image_ids, len(self.priors))
         for number, stage in enumerate(self.stages):
             if number:
                 state = stop_patches(state, stage.kept, self.config.rules.stop_updates)
-            step = self._step(state)
-            self.progress.stage_started(number, stage)
-            begin = time.perf_counter()
-            self._run_stage(step, state, (stage, batch, reader))
-            self.stats.stage_seconds[number] += time.perf_counter() - begin
+            start = 0
+            while start < group.wanted:  # batches that only fill up are left out
+                start += self._run_batch(state, start, number, group)
+            state.iteration.fill_(stage.end)
         return state
 
-    def _run_stage(self, step: Callable[[State], None], state: State, work: tuple[Stage, _Batch, LossReader]) -> None:
-        """All iterations of a stage, and the wait for the device at its end."""
-        stage, batch, reader = work
-        snapshots = self.snapshots if batch.index == 0 else None
-        real = batch.image_ids[: batch.wanted]
-        for iteration in range(stage.start, stage.end):
-            if batch.gone.is_set():
+    def _run_batch(self, state: State, start: int, number: int, group: Group) -> int:
+        """All iterations of a stage for the images from ``start`` on; returns how many those are."""
+        while True:
+            batch = group.batches[number]
+            try:
+                runner = self._runner(state, start, number, batch)
+                runner.load(state, start)
+                with group.clock.stage(number):
+                    self._iterate(runner, start, number, group)
+                runner.store(state, start)
+                return batch
+            except torch.OutOfMemoryError:
+                smaller = halved(batch) if self.config.rules.stop_updates else 0
+                if not smaller:
+                    raise
+                self.buckets.drop(Bucket(batch, state.keep.shape[1]))
+                group.batches[number] = smaller
+                self.batches = lowered(self.batches, number, smaller)
+                self.progress.out_of_memory(number, batch, smaller)
+
+    def _runner(self, state: State, start: int, number: int, batch: int) -> Runner:
+        """The runner of a batch; the next stage's is begun in the background."""
+        bucket = Bucket(batch, state.keep.shape[1])
+        waits = self.impl == "compiled" and not self.buckets.has(bucket)
+        begin = time.perf_counter()
+        if waits:
+            self.progress.compiling(number + 1, len(self.stages), bucket.kept)
+        runner = self.buckets.runner(state, start, batch)
+        if waits:
+            self.progress.compiled(time.perf_counter() - begin)
+        return runner
+
+    def _iterate(self, runner: Runner, start: int, number: int, group: Group) -> None:
+        """All iterations of a stage on what the runner has loaded."""
+        stage = self.stages[number]
+        snapshots = self.snapshots if group.index == 0 and start == 0 else None
+        shown = group.image_ids[: min(group.wanted, *group.batches)]
+        reader, iteration = LossReader(runner.state), stage.start
+        self.progress.stage_started(number, stage, start, min(group.batches[number], group.wanted - start))
+        if self.compile_ahead and number + 1 < len(self.stages):
+            self.buckets.ahead(runner.state, group.batches[number + 1], self.stages[number + 1].kept)
+        while iteration < stage.end:
+            if group.gone.is_set():
                 raise Interrupted
+            until = stage.end
             if snapshots is not None:
-                snapshots.offer(iteration, state, real)
-            step(state)
-            self.progress.stepped(iteration + 1, reader.poll())
+                snapshots.offer(iteration, runner.state, shown)
+                until = snapshots.next_after(iteration, stage.end)
+            iteration += runner.advance(until - iteration)
+            self.progress.stepped(iteration, reader.poll())
         if snapshots is not None and stage.end == self.config.iterations:
-            snapshots.offer(stage.end, state, real)
-        if state.canvas.is_cuda:
-            torch.cuda.synchronize(state.canvas.device)
+            snapshots.offer(stage.end, runner.state, shown)
 
-    def _step(self, state: State) -> Callable[[State], None]:
-        """The step of a bucket, compiled when it is met first."""
-        bucket = Bucket(*state.keep.shape)
-        if bucket not in self._steps:
-            # a fresh function a bucket, see compiler.py
-            built = build_step(self.model, self.config, self.priors)
-            step: Callable[[State], None] = built
-            if self.impl == "compiled":
-                begin = time.perf_counter()
-                place = [stage.kept for stage in self.stages].index(bucket.kept)
-                self.progress.compiling(place + 1, len(self.stages), bucket.kept)
-                step = compile_step(built, state)
-                seconds = time.perf_counter() - begin
-                self.stats.seconds_compile += seconds
-                self.progress.compiled(seconds)
-            self._steps[bucket] = step
-        return self._steps[bucket]
-
-    def _finish(self, state: State, batch: _Batch) -> SparseImages:
+    def _finish(self, state: State, group: Group) -> SparseImages:
         """Ask the model what it sees in the kept patches, and hand the images over on the host."""
-        logits, _ = self.model(state.canvas, state.keep)
-        probabilities = logits.softmax(1)
+        batch = group.batches[-1]
+        rows = zip(state.canvas.split(batch), state.keep.split(batch), strict=True)
+        probabilities = torch.cat([self.model(canvas, keep)[0].softmax(1) for canvas, keep in rows])
         confidence = probabilities.gather(1, state.labels[:, None])[:, 0]
 
         def host(tensor: Tensor) -> Tensor:
-            return tensor[: batch.wanted].detach().to("cpu", copy=True)
+            return tensor[: group.wanted].detach().to("cpu", copy=True)
 
         images = SparseImages(
             pixels=host(state.canvas).float(),
             keep=host(state.keep),
             labels=host(state.labels),
-            image_ids=torch.tensor(batch.image_ids[: batch.wanted], dtype=torch.int64),
+            image_ids=torch.tensor(group.image_ids[: group.wanted], dtype=torch.int64),
             confidence=host(confidence).float(),
             predicted=host(probabilities.argmax(1)),
             failed_at=host(state.failed_at),

@@ -41,6 +41,10 @@ class Snapshots:
         self._columns.append((iteration, to_uint8(state.canvas[:rows].cpu(), info.mean, info.std), kept))
         self._labels, self._image_ids = state.labels[:rows].cpu(), ids
 
+    def next_after(self, iteration: int, end: int) -> int:
+        """The next iteration that is asked for, or ``end`` if that comes first."""
+        return min([end, *(wanted for wanted in self.iterations if wanted > iteration)])
+
     def process(self) -> Process:
         """The snapshots taken so far."""
         iterations, pixels, kept = zip(*self._columns, strict=True)

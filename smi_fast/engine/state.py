@@ -41,7 +41,7 @@ class State:
     updated_slots: Tensor  # [B, L] int32, the same of updated
     halo_index: Tensor  # `Halo` of updated; empty where the Triton kernels run
     halo_share: Tensor
-    jitter: Tensor  # [iterations, B, 3] int64
+    jitter: Tensor  # [B, iterations, 3] int64
     rates: Tensor  # [iterations, 3]: learning rate, 1 - b1^t, 1 - b2^t
 
     spare: Tensor | None = None  # [B, 3, H, W]

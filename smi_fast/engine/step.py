@@ -122,7 +122,7 @@ def _record(terms: Terms, state: State, tv: Tensor | None) -> None:
 
 def _differentiate(model: SparseViT, config: InversionConfig, terms: Terms, state: State) -> Differentiated:
     """Gather, forward, gradient, and the check that all of it is finite."""
-    row = state.jitter.index_select(0, state.iteration)[0]  # [B, 3]
+    row = state.jitter.index_select(1, state.iteration)[:, 0]  # [B, 3]
     shift, flip = row[:, :2].contiguous(), row[:, 2] == 1
     windows = patch_gather(state.canvas, state.keep, shift, flip, model.grid.patch, model.dtype)
     patches = take_patches(state.canvas, state.updated, model.grid)

@@ -46,7 +46,7 @@ def still_iterations(config: InversionConfig) -> set[int]:
 
 
 def jitter_table(config: InversionConfig, image_ids: Sequence[int], grid: Grid) -> Tensor:
-    """``[iterations, B, 3]`` int64: per iteration and image ``(dy, dx, flip)``.
+    """``[B, iterations, 3]`` int64: per image and iteration ``(dy, dx, flip)``.
 
     Shifts are uniform on ``-m..m`` with ``m = int(side * jitter)``; flips are fair coins.
     """
@@ -54,6 +54,6 @@ def jitter_table(config: InversionConfig, image_ids: Sequence[int], grid: Grid) 
     high = limits + np.array([1, 1, 2 if config.flip else 1])
     shape = (config.iterations, 3)
     draws = [image_stream(config.seed, i, JITTER).integers(-limits, high, shape) for i in image_ids]
-    table = np.stack(draws, axis=1)
-    table[sorted(still_iterations(config))] = 0
+    table = np.stack(draws)
+    table[:, sorted(still_iterations(config))] = 0
     return torch.from_numpy(table)

@@ -1,0 +1,325 @@
+"""Batches of each stage, runners and captures: how the work is cut up changes no image."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import smi_fast.engine.buckets as buckets_module
+import smi_fast.engine.inverter as inverter_module
+import smi_fast.engine.runner as runner_module
+from smi_fast.config import InversionConfig
+from smi_fast.engine import Bucket, Inverter, Progress
+from smi_fast.engine.batches import even_batches, halved, lowered
+from smi_fast.engine.compiler import compile_step, why_not_compile
+from smi_fast.engine.graphs import UNROLLED
+from smi_fast.engine.rows import load_rows, store_rows, take_rows
+from smi_fast.engine.runner import Runner
+from smi_fast.engine.state import State, new_state, stop_patches
+from smi_fast.engine.step import build_step
+from smi_fast.images import SparseImages
+from smi_fast.model.sparse_vit import SparseViT
+from smi_fast.priors import priors_of
+
+MakeModel = Callable[..., SparseViT]
+CONFIG = InversionConfig(iterations=9, stops=((3, 0.3), (6, 0.4)), jitter=0.3, seed=5)
+LABELS = [0, 1, 2, 3, 4, 0, 1]
+
+
+def invert(model: SparseViT, labels: list[int] = LABELS, **options: Any) -> SparseImages:
+    return Inverter(model, CONFIG, **({"impl": "eager"} | options))(labels)
+
+
+def assert_same(one: SparseImages, other: SparseImages) -> None:
+    for name in ("keep", "labels", "image_ids", "failed_at"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    torch.testing.assert_close(one.pixels, other.pixels, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("batches", [(2, 4, 4), (1, 2, 4), (4, 2, 1), (3, 3, 3), (7, 7, 7), (2, 2, 6), (8, 4, 2)])
+def test_the_batch_of_a_stage_changes_no_image(make_model: MakeModel, batches: tuple[int, ...]) -> None:
+    model = make_model()
+    assert_same(invert(model, batch_size=batches), invert(model, batch_size=8))
+
+
+def test_each_stage_runs_on_its_own_batch(make_model: MakeModel) -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    class Watch(Progress):
+        def stage_started(self, index: int, stage: Any, first: int, images: int) -> None:
+            seen.append((index, first, images))
+
+    inverter = Inverter(make_model(), CONFIG, batch_size=(2, 4, 8), impl="eager", progress=Watch())
+    inverter([0, 1, 2, 3, 4, 0, 1, 2, 3])
+    assert inverter.buckets.met == {Bucket(2, 12), Bucket(4, 8), Bucket(8, 4)}
+    first = [(0, 0, 2), (0, 2, 2), (0, 4, 2), (0, 6, 2), (1, 0, 4), (1, 4, 4), (2, 0, 8)]
+    assert seen == [*first, (0, 0, 1), (1, 0, 1), (2, 0, 1)], "batches that only fill up are left out"
+
+
+@given(st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=5), st.integers(1, 40))
+def test_even_batches(sizes: list[int], images: int) -> None:
+    limits = tuple(size for size in sizes if max(sizes) % size == 0)
+    batches = even_batches(images, limits)
+    group = max(batches)
+    assert all(1 <= batch <= limit and group % batch == 0 for batch, limit in zip(batches, limits, strict=True))
+    assert -(-images // group) == -(-images // max(limits)), "no more groups than full ones"
+    if images % max(limits) == 0:
+        assert batches == limits
+
+
+@given(st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=5), st.data())
+def test_lowered_batches_still_divide_the_largest(sizes: list[int], data: st.DataObject) -> None:
+    limits = tuple(size for size in sizes if max(sizes) % size == 0)
+    stage = data.draw(st.integers(0, len(limits) - 1))
+    smaller = halved(limits[stage])
+    if smaller == 0:
+        assert limits[stage] == 1
+        return
+    assert limits[stage] % smaller == 0
+    assert 2 * smaller <= limits[stage]
+    after = lowered(limits, stage, smaller)
+    assert all(max(after) % batch == 0 and batch <= limit for batch, limit in zip(after, limits, strict=True))
+    assert after[stage] <= smaller
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "preset", "message"),
+    [
+        ((2, 4), "paper", r"batch_size=\(2, 4\): 2 numbers for 3 stages"),
+        ((2, 3, 4), "paper", r"each must divide the largest, 4; 3 does not"),
+        ((2, 0, 4), "paper", "must be an integer of at least 1, or one for each stage"),
+        ((2, 2, 4), "reference", "preset 'reference' ties batch-mates"),
+        ("222", "paper", "must be an integer"),
+    ],
+)
+def test_batches_refused(make_model: MakeModel, batch_size: Any, preset: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Inverter(make_model(), replace(CONFIG, preset=preset), batch_size=batch_size, impl="eager")
+
+
+def refuse_above(limit: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let batches of more than ``limit`` images run out of memory in the second iteration at ``kept`` patches."""
+    advance = Runner.advance
+    calls: dict[int, int] = {}
+
+    def full(self: Runner, most: int) -> int:
+        batch, patches = self.state.keep.shape
+        calls[batch] = calls.get(batch, 0) + 1
+        if patches == kept and batch > limit and calls[batch] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return advance(self, most)
+
+    monkeypatch.setattr(Runner, "advance", full)
+
+
+def test_out_of_memory_steps_down_and_loses_nothing(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int, int]] = []
+
+    class Told(Progress):
+        def out_of_memory(self, index: int, batch: int, smaller: int) -> None:
+            told.append((index, batch, smaller))
+
+    model = make_model()
+    whole = invert(model, batch_size=8)
+    refuse_above(2, 8, monkeypatch)
+    inverter = Inverter(model, CONFIG, batch_size=8, impl="eager", progress=Told())
+    assert_same(inverter([*LABELS, 3, 4])[torch.arange(7)], whole)
+    assert told == [(1, 8, 4), (1, 4, 2)]
+    assert inverter.batches == (8, 2, 8)
+    with pytest.warns(UserWarning, match="stage 2: out of device memory at a batch of 4, going on with 2"):
+        invert(model, [0, 1, 2, 3], batch_size=4)
+
+
+def test_out_of_memory_ends_at_one_image(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_above(0, 8, monkeypatch)
+    with pytest.warns(UserWarning, match="out of device memory"), pytest.raises(MemoryError, match="a smaller batch"):
+        invert(make_model(), [0, 1], batch_size=2)
+
+
+def test_reference_does_not_step_down(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_above(1, 8, monkeypatch)
+    with pytest.raises(MemoryError, match="batch_size=2; a smaller batch"):
+        Inverter(make_model(), replace(CONFIG, preset="reference"), batch_size=2, impl="eager")([0, 1])
+
+
+def begun(model: SparseViT, config: InversionConfig = CONFIG) -> State:
+    state = new_state(model, config, [0, 1, 2, 3], [5, 6, 7, 8], len(priors_of(config)))
+    with torch.no_grad():
+        build_step(model, config, priors_of(config))(state)
+    return state
+
+
+def test_rows_go_and_come_back(make_model: MakeModel) -> None:
+    state = begun(make_model())
+    state.spare = state.canvas.clone()
+    before = state.clone()
+    rows = take_rows(state, 1, 2)
+    assert torch.equal(rows.canvas, state.canvas[1:3])
+    assert torch.equal(rows.jitter, state.jitter[1:3])
+    target = take_rows(state, 0, 2)
+    pointer = target.canvas.data_ptr()
+    load_rows(target, state, 1)
+    assert target.canvas.data_ptr() == pointer
+    for one, other in zip(target.tensors(), rows.tensors(), strict=True):
+        assert torch.equal(one, other)
+    for tensor in (rows.canvas, rows.first, rows.second, rows.losses, rows.scores):
+        tensor.add_(1)
+    rows.failed_at.fill_(3)
+    assert torch.equal(state.canvas, before.canvas), "rows are copies"
+    store_rows(state, rows, 1)
+    for name in ("canvas", "spare", "first", "second", "losses", "scores"):
+        value, old = getattr(state, name), getattr(before, name)
+        assert torch.equal(value[1:3], old[1:3] + 1), name
+        assert torch.equal(value[[0, 3]], old[[0, 3]]), name
+    assert state.failed_at.tolist() == [-1, 3, 3, -1]
+
+
+def swapping_step(state: State) -> None:
+    """Stands for a step on two canvases."""
+    assert state.spare is not None
+    state.spare.copy_(2 * state.canvas + state.iteration)
+    state.iteration.add_(1)
+    state.canvas, state.spare = state.spare, state.canvas
+
+
+def fake_capture(step: Callable[[State], None], state: State, pool: Any) -> Callable[[], None]:
+    """What a CUDA graph does: it works on the buffers as they were when it was captured."""
+    kept = replace(state)
+
+    def replay() -> None:
+        captured = replace(kept)
+        for _ in range(UNROLLED):
+            step(captured)
+
+    return replay
+
+
+@pytest.mark.parametrize("total", [1, 7, UNROLLED, UNROLLED + 1, 3 * UNROLLED, 3 * UNROLLED + 7])
+@pytest.mark.parametrize("pause", [0, 1, 13])
+def test_a_runner_with_captures(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, total: int, pause: int) -> None:
+    monkeypatch.setattr(runner_module, "capture", fake_capture)
+    group = begun(make_model())
+    group.canvas.fill_(1.0)
+    group.spare = group.canvas.clone()
+    want = group.clone()
+    for _ in range(total):
+        swapping_step(want)
+    runner = Runner(swapping_step, take_rows(group, 0, 2), object())
+    for start in (0, 2, 0):  # whatever the canvases did, the next images find them in place
+        state = group.clone()
+        runner.load(state, start)
+        done = runner.advance(pause) if 0 < pause <= total else 0  # one step or a replay first
+        while done < total:
+            done += runner.advance(total - done)
+        assert done == total
+        runner.store(state, start)
+        assert torch.equal(state.canvas[start : start + 2], want.canvas[start : start + 2])
+        assert torch.equal(state.canvas, state.spare)
+
+
+def test_captures_do_most_of_the_work(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "capture", fake_capture)
+    group = begun(make_model())
+    group.spare = group.canvas.clone()
+    runner = Runner(swapping_step, group, object())
+    runner.load(group, 0)
+    assert [runner.advance(25), runner.advance(15), runner.advance(5)] == [UNROLLED, UNROLLED, 1]
+    assert runner.advance(50) == 1, "after an odd step the canvases are not where the capture expects them"
+    assert runner.advance(50) == UNROLLED
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses what would make a host wait for its device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "unique", "masked_select")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        assert name not in self.WAITS, f"{func} makes the host wait"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", ["paper", "reference"])
+def test_nothing_between_start_and_end_waits(make_model: MakeModel, preset: Any) -> None:
+    model, config = make_model(torch.float32), replace(CONFIG, preset=preset, l2_weight=0.1)
+    state = begun(model, config)
+    step = build_step(model, config, priors_of(config))
+    with torch.no_grad(), NoHost():
+        runner = Runner(step, state, None)
+        runner.load(state, 0)
+        for _ in range(2):
+            runner.advance(2)
+        runner.store(state, 0)
+        state = stop_patches(state, 8, config.rules.stop_updates)
+        step(state)
+    with pytest.raises(AssertionError, match="makes the host wait"), NoHost():
+        float(state.losses.sum())
+
+
+@pytest.fixture
+def aot_eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Compile without inductor; the names of the threads that compiled."""
+    threads: list[str] = []
+
+    def compile_here(step: Any, state: State) -> Any:
+        threads.append(threading.current_thread().name)
+        return compile_step(step, state, "aot_eager")
+
+    monkeypatch.setattr(inverter_module, "why_not_compile", lambda device: None)
+    monkeypatch.setattr(buckets_module, "compile_step", compile_here)
+    torch._dynamo.reset()
+    yield threads
+    torch._dynamo.reset()
+
+
+def test_compiling_ahead(make_model: MakeModel, aot_eager: list[str]) -> None:
+    model = make_model()
+    inverter = Inverter(model, CONFIG, batch_size=(2, 2, 2), impl="compiled", compile_ahead=True)
+    images = inverter(LABELS)
+    assert len(aot_eager) == 3, "each bucket once"
+    assert sum(name.startswith("smi_fast_compile") for name in aot_eager) == 2
+    assert_same(images, invert(model, batch_size=2))
+    assert not [t for t in threading.enumerate() if t.name.startswith("smi_fast")]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_same_bytes_each_time(make_model: MakeModel, deterministic: bool) -> None:
+    model = make_model(torch.bfloat16)
+    one, other = (invert(model, batch_size=4, deterministic=deterministic) for _ in range(2))
+    for name in ("pixels", "keep", "confidence"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.compiled
+def test_inductor_compiles_each_bucket_once_and_dynamo_none(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why_not_compile("cpu"):
+        pytest.skip(f"inductor does not work here: {why_not_compile('cpu')}")
+    calls: list[int] = []
+    real = torch._inductor.standalone_compile
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", counted)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = make_model(torch.float32, depth=1)
+    inverter = Inverter(model, CONFIG, batch_size=2, impl="compiled")
+    one, other = inverter([0, 1, 2, 3]), inverter([0, 1, 2, 3])
+    assert len(calls) == len(inverter.stages) == 3
+    assert not torch._dynamo.utils.counters["stats"], "no guards, no recompilation, no way back to eager"
+    for name in ("pixels", "keep", "confidence"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    plain = invert(model, [0, 1, 2, 3], batch_size=2)
+    assert torch.equal(one.keep, plain.keep)
+    torch.testing.assert_close(one.pixels, plain.pixels, rtol=0, atol=1e-3)
