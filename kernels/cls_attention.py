@@ -1,6 +1,6 @@
 """``cls_attention``: the attention rows of a few query tokens, and the CLS score, with no ``[N, N]`` matrix.
 
-    p[b, h, m, :] = softmax(q[b, h, m] . k[b, h, :] / sqrt(d))        float32
+    p[b, h, m, :] = softmax(scale q[b, h, m] . k[b, h, :])            float32, scale 1/sqrt(d) unless given
     out[b, h, m]  = sum_n p[b, h, m, n] v[b, h, n]
     score[b, k]   = mean_h p[b, h, 0, prefix + k]
 
@@ -11,7 +11,7 @@ The kernel gives ``rows[b, h, k] = p[b, h, 0, prefix + k]`` and torch takes the 
 programs write the same score. With the gradients ``g`` of ``out`` and ``r`` of ``rows``,
 
     dp[m, n] = g[m] . v[n] + r[n - prefix] for m = 0 and a patch n      ds = p (dp - sum_n p dp)
-    dq[m] = sum_n ds[m, n] k[n] / sqrt(d)    dk[n] = sum_m ds[m, n] q[m] / sqrt(d)    dv[n] = sum_m p[m, n] g[m]
+    dq[m] = scale sum_n ds[m, n] k[n]    dk[n] = scale sum_m ds[m, n] q[m]    dv[n] = sum_m p[m, n] g[m]
 
 ``p`` is worked out again from its own maximum and sum, and ``sum_n p dp`` from ``p``: a saved log-sum-exp would lose
 the sum beside a large maximum, and ``g . out`` with a rounded ``out`` a part of the keys' mean.
@@ -23,6 +23,7 @@ Inputs are read through their strides, so slices of a projection are not copied;
 ``[B, N, H, d]``, as the projection's gradient is.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -37,26 +38,39 @@ MOST_QUERIES, MOST_WIDTH, MOST_TOKENS = 8, 256, 2048
 TILE_BYTES = 64 * 1024  # of keys under one query; as many of values lie beside them in registers
 
 
-def rows_reference(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+def scale_of(query: Tensor, scale: float | None) -> float:
+    """What the logits are multiplied with, ``1 / sqrt(d)`` unless given; ``ValueError`` where it is not finite."""
+    if scale is None:
+        return query.shape[-1] ** -0.5
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale}: must be finite")
+    return float(scale)  # a kernel argument, and an integer 1 would be compiled in
+
+
+def rows_reference(
+    query: Tensor, key: Tensor, value: Tensor, prefix: int, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Plain torch: ``out [B, H, M, d]``, and the CLS row of each head without the prefix, ``[B, H, N - prefix]``."""
     exact = torch.promote_types(query.dtype, torch.float32)
-    scaled = query.to(exact) * query.shape[-1] ** -0.5
+    scaled = query.to(exact) * scale_of(query, scale)
     row = (scaled @ key.to(exact).transpose(-2, -1)).softmax(-1)  # [B, H, M, N]
     return row.to(value.dtype) @ value, row[:, :, 0, prefix:]
 
 
-def cls_attention_reference(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+def cls_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, prefix: int, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Plain torch; shapes as in `cls_attention`."""
-    out, rows = rows_reference(query, key, value, prefix)
+    out, rows = rows_reference(query, key, value, prefix, scale)
     return out, rows.mean(1)
 
 
 def cls_attention_backward_reference(
-    query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, d_rows: Tensor
+    query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, d_rows: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain torch: gradients of query, key and value, from those of `rows_reference`'s results."""
     exact = torch.promote_types(query.dtype, torch.float32)
-    scale = query.shape[-1] ** -0.5
+    scale = scale_of(query, scale)
     scaled, keys, d_out = query.to(exact) * scale, key.to(exact), d_out.to(exact)
     p = (scaled @ keys.transpose(-2, -1)).softmax(-1)  # [B, H, M, N]
     dp = d_out @ value.to(exact).transpose(-2, -1)
@@ -250,35 +264,41 @@ def strides_of(**tensors: Tensor) -> dict[str, int]:
 
 
 def attention_launch(
-    query: Tensor, key: Tensor, value: Tensor, prefix: int, config: Config | None = None
+    query: Tensor, key: Tensor, value: Tensor, prefix: int, scale: float | None = None, config: Config | None = None
 ) -> tuple[Launch, Tensor, Tensor]:
     """Launch of the forward, and the tensors it fills: ``out`` and ``rows``."""
-    batch, heads, queries, width = query.shape
+    batch, heads, queries, _ = query.shape
     tokens = key.shape[2]
     out = token_major(query, queries)
     rows = query.new_empty(batch, heads, tokens - prefix, dtype=torch.float32)
     kind = power_of_two(tokens)
-    config = config or best("cls_attention", kind, lambda c: attention_launch(query, key, value, prefix, c)[0])
+    config = config or best("cls_attention", kind, lambda c: attention_launch(query, key, value, prefix, scale, c)[0])
     sides = sides_of(query, tokens, config)
     arguments: Arguments = {"query": query, "key": key, "value": value, "out": out, "rows": rows}
-    arguments |= {"tokens": tokens, "prefix": prefix, "scale": width**-0.5}
+    arguments |= {"tokens": tokens, "prefix": prefix, "scale": scale_of(query, scale)}
     arguments |= strides_of(query=query, key=key, value=value)
     return Launch(attention_kernel, (heads, batch), arguments, sides, config.warps), out, rows
 
 
 def attention_backward_launch(
-    query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, d_rows: Tensor, config: Config | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    d_out: Tensor,
+    d_rows: Tensor,
+    scale: float | None = None,
+    config: Config | None = None,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
     """Launch of the backward, and the gradients it fills."""
-    batch, heads, queries, width = query.shape
+    batch, heads, queries, _ = query.shape
     tokens = key.shape[2]
     gradients = token_major(query, queries), token_major(query, tokens), token_major(query, tokens)
     tensors, kind = (query, key, value, d_out, d_rows), power_of_two(tokens)
-    config = config or best("cls_attention_backward", kind, lambda c: attention_backward_launch(*tensors, c)[0])
+    config = config or best("cls_attention_backward", kind, lambda c: attention_backward_launch(*tensors, scale, c)[0])
     sides = sides_of(query, tokens, config)
     arguments: Arguments = {"query": query, "key": key, "value": value, "d_out": d_out, "d_rows": d_rows}
     arguments |= dict(zip(("d_query", "d_key", "d_value"), gradients, strict=True))
-    arguments |= {"tokens": tokens, "prefix": tokens - d_rows.shape[2], "scale": width**-0.5}
+    arguments |= {"tokens": tokens, "prefix": tokens - d_rows.shape[2], "scale": scale_of(query, scale)}
     arguments |= strides_of(query=query, key=key, value=value, out=d_out)
     return Launch(attention_backward_kernel, (heads, batch), arguments, sides, config.warps), gradients
 
@@ -310,18 +330,18 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
 
 
 @torch.library.custom_op("smi_fast::cls_attention", mutates_args=())
-def _attend(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, key: Tensor, value: Tensor, prefix: int, scale: float) -> tuple[Tensor, Tensor]:
     """The kernel; where it cannot run, the reference."""
     if why_not_triton(query) or unsupported(query, key, value):
-        out, rows = rows_reference(query, key, value, prefix)
+        out, rows = rows_reference(query, key, value, prefix, scale)
         return token_major(value, query.shape[2]).copy_(out), rows.contiguous()
-    launch, out, rows = attention_launch(dense_rows(query), dense_rows(key), dense_rows(value), prefix)
+    launch, out, rows = attention_launch(dense_rows(query), dense_rows(key), dense_rows(value), prefix, scale)
     launch.run()
     return out, rows
 
 
 @_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, prefix: int, scale: float) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
     exact = torch.promote_types(query.dtype, torch.float32)
     return token_major(value, queries), query.new_empty(batch, heads, key.shape[2] - prefix, dtype=exact)
@@ -329,11 +349,11 @@ def _(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> tuple[Tensor, T
 
 @torch.library.custom_op("smi_fast::cls_attention_backward", mutates_args=())
 def _attend_backward(
-    query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, d_rows: Tensor
+    query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, d_rows: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel; where it cannot run, the reference."""
     if why_not_triton(query) or unsupported(query, key, value):
-        d_query, d_key, d_value = cls_attention_backward_reference(query, key, value, d_out, d_rows)
+        d_query, d_key, d_value = cls_attention_backward_reference(query, key, value, d_out, d_rows, scale)
         tokens = key.shape[2]
         return (
             token_major(query, query.shape[2]).copy_(d_query),
@@ -341,19 +361,21 @@ def _attend_backward(
             token_major(value, tokens).copy_(d_value),
         )
     query, key, value, d_out = (dense_rows(tensor) for tensor in (query, key, value, d_out))
-    launch, gradients = attention_backward_launch(query, key, value, d_out, d_rows.contiguous())
+    launch, gradients = attention_backward_launch(query, key, value, d_out, d_rows.contiguous(), scale)
     launch.run()
     return gradients
 
 
 @_attend_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, d_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, d_rows: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens = key.shape[2]
     return token_major(query, query.shape[2]), token_major(key, tokens), token_major(value, tokens)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ctx.prefix = inputs
+    query, key, value, ctx.prefix, ctx.scale = inputs
     ctx.save_for_backward(query, key, value)
     ctx.set_materialize_grads(False)
 
@@ -365,14 +387,20 @@ def _backward(ctx: Any, d_out: Tensor | None, d_rows: Tensor | None) -> tuple[Te
     if d_rows is None:
         exact = torch.promote_types(query.dtype, torch.float32)
         d_rows = query.new_zeros(*query.shape[:2], key.shape[2] - ctx.prefix, dtype=exact)
-    return (*_attend_backward(query, key, value, d_out, d_rows), None)
+    return (*_attend_backward(query, key, value, d_out, d_rows, ctx.scale), None, None)
 
 
 _attend.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def cls_attention(
-    query: Tensor, key: Tensor, value: Tensor, prefix: int, *, impl: Impl | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: int,
+    *,
+    scale: float | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the query tokens over all tokens, and the CLS scores.
 
@@ -380,6 +408,7 @@ def cls_attention(
         query: ``[B, H, M, d]``, CLS at ``m = 0``.
         key, value: ``[B, H, N, d]``; any strides.
         prefix: how many of the ``N`` tokens are not patches.
+        scale: of the logits; None for ``1 / sqrt(d)``.
         impl: see ``dispatch.py``. The kernel takes one dtype of at most 32 bits, up to 8 queries, 256 channels and
             2048 tokens.
 
@@ -387,7 +416,8 @@ def cls_attention(
         out: ``[B, H, M, d]`` in the dtype of ``value``; score: ``[B, N - prefix]`` float32 (float64 for float64).
 
     Raises:
-        ValueError: a prefix out of range; a shape, dtype, device or ``impl`` that does not fit.
+        ValueError: a prefix out of range; a scale that is not finite; a shape, dtype, device or ``impl`` that does not
+            fit.
     """
     expected = {
         "query": (query, "B H M d", FLOATS),
@@ -397,7 +427,8 @@ def cls_attention(
     tokens = check("cls_attention", expected)["N"]
     if not 0 <= prefix <= tokens:
         raise ValueError(f"cls_attention: prefix={prefix}: must lie in 0..{tokens}, the tokens")
+    scale = scale_of(query, scale)
     if choose("cls_attention", impl, query, unsupported(query, key, value)) == "torch":
-        return cls_attention_reference(query, key, value, prefix)
-    out, rows = _attend(query, key, value, prefix)
+        return cls_attention_reference(query, key, value, prefix, scale)
+    out, rows = _attend(query, key, value, prefix, scale)
     return out, rows.mean(1)

@@ -1,12 +1,12 @@
 """``tile_attention``: self-attention of a few tokens, with each head's keys and values in one tile.
 
-    p[b, h, m, :] = softmax(q[b, h, m] . k[b, h, :] / sqrt(d))        float32
+    p[b, h, m, :] = softmax(scale q[b, h, m] . k[b, h, :])            float32, scale 1/sqrt(d) unless given
     out[b, h, m]  = sum_n p[b, h, m, n] v[b, h, n]                    with p rounded to the dtype of v
 
 No mask and no dropout. With the gradient ``g`` of ``out``,
 
     dp[m, n] = g[m] . v[n]                                 ds = p (dp - sum_n p dp)
-    dq[m] = sum_n ds[m, n] k[n] / sqrt(d)    dk[n] = sum_m ds[m, n] q[m] / sqrt(d)    dv[n] = sum_m p[m, n] g[m]
+    dq[m] = scale sum_n ds[m, n] k[n]    dk[n] = scale sum_m ds[m, n] q[m]    dv[n] = sum_m p[m, n] g[m]
 
 A tile holds all keys, so a row of the softmax is whole where it is worked out: there is nothing to carry from block to
 block. The forward cuts the queries into blocks, a program each. The backward has one program an image and head, which
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.kernels.check import FLOATS, check
-from smi_fast.kernels.cls_attention import dense_rows, load_rows, power_of_two, token_major
+from smi_fast.kernels.cls_attention import dense_rows, load_rows, power_of_two, scale_of, token_major
 from smi_fast.kernels.configs import best
 from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
 from smi_fast.kernels.launch import Arguments, Config, Launch
@@ -42,18 +42,20 @@ LEAST_SIDE = 16  # of a matrix that tensor cores multiply
 SHARED_TILES = 5
 
 
-def tile_attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def tile_attention_reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """Plain torch; shapes as in `tile_attention`."""
     exact = torch.promote_types(query.dtype, torch.float32)
-    scaled = query.to(exact) * query.shape[-1] ** -0.5
+    scaled = query.to(exact) * scale_of(query, scale)
     p = (scaled @ key.to(exact).transpose(-2, -1)).softmax(-1)  # [B, H, N, N]
     return p.to(value.dtype) @ value
 
 
-def tile_attention_backward_reference(query: Tensor, key: Tensor, value: Tensor, d_out: Tensor) -> Tensor:
+def tile_attention_backward_reference(
+    query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, scale: float | None = None
+) -> Tensor:
     """Plain torch: gradients of query, key and value, ``[B, N, 3, H, d]``, from that of ``out``."""
     exact = torch.promote_types(query.dtype, torch.float32)
-    scale = query.shape[-1] ** -0.5
+    scale = scale_of(query, scale)
     scaled, keys, d_out = query.to(exact) * scale, key.to(exact), d_out.to(exact)
     p = (scaled @ keys.transpose(-2, -1)).softmax(-1)
     dp = d_out @ value.to(exact).transpose(-2, -1)
@@ -170,29 +172,36 @@ def strides_of(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def tile_launch(query: Tensor, key: Tensor, value: Tensor, config: Config | None = None) -> tuple[Launch, Tensor]:
+def tile_launch(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, config: Config | None = None
+) -> tuple[Launch, Tensor]:
     """Launch of the forward, and ``out``, which it fills."""
-    batch, heads, tokens, width = query.shape
+    batch, heads, tokens, _ = query.shape
     out = token_major(query, tokens)
-    config = config or config_of("tile_attention", query, lambda c: tile_launch(query, key, value, c)[0])
+    config = config or config_of("tile_attention", query, lambda c: tile_launch(query, key, value, scale, c)[0])
     sides = sides_of(query, config)
     arguments: Arguments = {"query": query, "key": key, "value": value, "out": out}
-    arguments |= {"tokens": tokens, "scale": width**-0.5, **strides_of(query=query, key=key, value=value)}
+    arguments |= {"tokens": tokens, "scale": scale_of(query, scale), **strides_of(query=query, key=key, value=value)}
     return Launch(tile_kernel, (triton.cdiv(tokens, sides["BLOCK"]), heads, batch), arguments, sides, config.warps), out
 
 
 def tile_backward_launch(
-    query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, config: Config | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    d_out: Tensor,
+    scale: float | None = None,
+    config: Config | None = None,
 ) -> tuple[Launch, Tensor]:
     """Launch of the backward, and the gradients ``[B, N, 3, H, d]`` that it fills."""
     batch, heads, tokens, width = query.shape
     gradients = query.new_empty(batch, tokens, 3, heads, width)
-    tensors = query, key, value, d_out
-    config = config or config_of("tile_attention_backward", query, lambda c: tile_backward_launch(*tensors, c)[0])
+    tensors, op = (query, key, value, d_out), "tile_attention_backward"
+    config = config or config_of(op, query, lambda c: tile_backward_launch(*tensors, scale, c)[0])
     sides = sides_of(query, config)
     sides["BLOCKS"] = triton.cdiv(tokens, sides["BLOCK"])
     arguments: Arguments = {"query": query, "key": key, "value": value, "d_out": d_out, "gradients": gradients}
-    arguments |= {"tokens": tokens, "scale": width**-0.5}
+    arguments |= {"tokens": tokens, "scale": scale_of(query, scale)}
     arguments |= strides_of(query=query, key=key, value=value, out=d_out)
     return Launch(tile_backward_kernel, (heads, batch), arguments, sides, config.warps), gradients
 
@@ -217,32 +226,33 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
 
 
 @torch.library.custom_op("smi_fast::tile_attention", mutates_args=())
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The kernel; where it cannot run, the reference."""
     if why_not_triton(query) or unsupported(query, key, value):
-        return token_major(value, query.shape[2]).copy_(tile_attention_reference(query, key, value))
-    launch, out = tile_launch(dense_rows(query), dense_rows(key), dense_rows(value))
+        return token_major(value, query.shape[2]).copy_(tile_attention_reference(query, key, value, scale))
+    launch, out = tile_launch(dense_rows(query), dense_rows(key), dense_rows(value), scale)
     launch.run()
     return out
 
 
 @_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return token_major(value, query.shape[2])
 
 
 @torch.library.custom_op("smi_fast::tile_attention_backward", mutates_args=())
-def _attend_backward(query: Tensor, key: Tensor, value: Tensor, d_out: Tensor) -> Tensor:
+def _attend_backward(query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, scale: float) -> Tensor:
     """The kernel; where it cannot run, the reference."""
     if why_not_triton(query) or unsupported(query, key, value):
-        return tile_attention_backward_reference(query, key, value, d_out)
-    launch, gradients = tile_backward_launch(dense_rows(query), dense_rows(key), dense_rows(value), dense_rows(d_out))
+        return tile_attention_backward_reference(query, key, value, d_out, scale)
+    query, key, value, d_out = (dense_rows(tensor) for tensor in (query, key, value, d_out))
+    launch, gradients = tile_backward_launch(query, key, value, d_out, scale)
     launch.run()
     return gradients
 
 
 @_attend_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, d_out: Tensor) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, scale: float) -> Tensor:
     batch, heads, tokens, width = query.shape
     return query.new_empty(batch, tokens, 3, heads, width)
 
@@ -253,41 +263,45 @@ def parts_of(packed: Tensor) -> tuple[Tensor, ...]:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
-    return parts_of(_attend_backward(*ctx.saved_tensors, d_out))
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    return (*parts_of(_attend_backward(*ctx.saved_tensors, d_out, ctx.scale)), None)
 
 
 _attend.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 @torch.library.custom_op("smi_fast::packed_tile_attention", mutates_args=())
-def _attend_packed(packed: Tensor) -> Tensor:
+def _attend_packed(packed: Tensor, scale: float) -> Tensor:
     """`_attend` of the parts; an op of its own, so that its gradient is one tensor."""
-    return _attend(*parts_of(packed))
+    return _attend(*parts_of(packed), scale)
 
 
 @_attend_packed.register_fake
-def _(packed: Tensor) -> Tensor:
+def _(packed: Tensor, scale: float) -> Tensor:
     batch, tokens, _, heads, width = packed.shape
     return packed.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _packed_backward(ctx: Any, d_out: Tensor) -> Tensor:
+def _packed_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
     (packed,) = ctx.saved_tensors
-    return _attend_backward(*parts_of(packed), d_out)
+    return _attend_backward(*parts_of(packed), d_out, ctx.scale), None
 
 
 _attend_packed.register_autograd(_packed_backward, setup_context=_save_for_backward)
 
 
-def tile_attention(query: Tensor, key: Tensor, value: Tensor, *, impl: Impl | None = None) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v`` over all tokens.
+def tile_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, impl: Impl | None = None
+) -> Tensor:
+    """``softmax(scale q k^T) v`` over all tokens.
 
     Args:
         query, key, value: ``[B, H, N, d]``; any strides.
+        scale: of the logits; None for ``1 / sqrt(d)``.
         impl: see ``dispatch.py``. The kernel takes one dtype of at most 32 bits, up to 256 tokens and 128 channels,
             and on a device as many of them as its shared memory holds: see `unsupported`.
 
@@ -295,33 +309,35 @@ def tile_attention(query: Tensor, key: Tensor, value: Tensor, *, impl: Impl | No
         ``[B, H, N, d]`` in the dtype of ``value``, from the kernel laid out ``[B, N, H, d]``.
 
     Raises:
-        ValueError: a shape, dtype, device or ``impl`` that does not fit.
+        ValueError: a shape, dtype, device or ``impl`` that does not fit; a scale that is not finite.
     """
     shape = "B H N d"
     expected = {"query": (query, shape, FLOATS), "key": (key, shape, FLOATS), "value": (value, shape, FLOATS)}
     check("tile_attention", expected)
+    scale = scale_of(query, scale)
     if choose("tile_attention", impl, query, unsupported(query, key, value)) == "torch":
-        return tile_attention_reference(query, key, value)
-    return _attend(query, key, value)
+        return tile_attention_reference(query, key, value, scale)
+    return _attend(query, key, value, scale)
 
 
-def packed_tile_attention(packed: Tensor, *, impl: Impl | None = None) -> Tensor:
+def packed_tile_attention(packed: Tensor, *, scale: float | None = None, impl: Impl | None = None) -> Tensor:
     """`tile_attention` of the three parts of one projection, whose gradient comes back in one piece.
 
     The gradients of three slices would be written, then copied into one tensor; this one is written in its place.
 
     Args:
         packed: ``[B, N, 3, H, d]``: query, key and value of each token; any strides.
-        impl: as for `tile_attention`.
+        scale, impl: as for `tile_attention`.
 
     Returns:
         ``[B, H, N, d]`` in the dtype of ``packed``, from the kernel laid out ``[B, N, H, d]``.
 
     Raises:
-        ValueError: a shape, dtype or ``impl`` that does not fit.
+        ValueError: a shape, dtype or ``impl`` that does not fit; a scale that is not finite.
     """
     check("packed_tile_attention", {"packed": (packed, "B N 3 H d", FLOATS)})
-    parts = parts_of(packed)
-    if choose("packed_tile_attention", impl, packed, unsupported(*parts)) == "torch":
-        return tile_attention_reference(*parts)
-    return _attend_packed(packed)
+    query, key, value = parts_of(packed)
+    scale = scale_of(packed, scale)
+    if choose("packed_tile_attention", impl, packed, unsupported(query, key, value)) == "torch":
+        return tile_attention_reference(query, key, value, scale)
+    return _attend_packed(packed, scale)

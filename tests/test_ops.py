@@ -63,11 +63,11 @@ def test_opcheck_of_attention(dtype: torch.dtype) -> None:
     key, value = (part.detach().requires_grad_() for part in both.permute(2, 0, 3, 1, 4).unbind(0))
     query = key.detach()[:, :, 2:4].requires_grad_()
     exact = {"atol": 1e-2, "rtol": 1e-2} if dtype == torch.bfloat16 else {}
-    opcheck(attention_module._attend, (query, key, value, 2), **exact)
-    opcheck(attention_module._attend, (query.detach(), key.detach(), value, 2), **exact)
+    opcheck(attention_module._attend, (query, key, value, 2, 0.3), **exact)
+    opcheck(attention_module._attend, (query.detach(), key.detach(), value, 2, 0.3), **exact)
     tensors = tuple(tensor.detach() for tensor in (query, key, value, query))
     rows = torch.randn(2, 3, 6, dtype=torch.promote_types(dtype, torch.float32))
-    opcheck(attention_module._attend_backward, (*tensors, rows))
+    opcheck(attention_module._attend_backward, (*tensors, rows, 0.3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -76,10 +76,10 @@ def test_opcheck_of_tile_attention(dtype: torch.dtype) -> None:
     parts = tile_module.parts_of(packed)
     leaves = tuple(part.detach().requires_grad_() for part in parts)
     exact = {"atol": 1e-2, "rtol": 1e-2} if dtype == torch.bfloat16 else {}
-    opcheck(tile_module._attend, leaves, **exact)
-    opcheck(tile_module._attend, (leaves[0].detach(), leaves[1].detach(), leaves[2]), **exact)
-    opcheck(tile_module._attend_backward, (*parts, parts[0].flip(2)))
-    opcheck(tile_module._attend_packed, (packed.detach().requires_grad_(),), **exact)
+    opcheck(tile_module._attend, (*leaves, 0.3), **exact)
+    opcheck(tile_module._attend, (leaves[0].detach(), leaves[1].detach(), leaves[2], 0.3), **exact)
+    opcheck(tile_module._attend_backward, (*parts, parts[0].flip(2), 0.3))
+    opcheck(tile_module._attend_packed, (packed.detach().requires_grad_(), 0.3), **exact)
 
 
 def test_opcheck_of_selection_and_masks() -> None:
@@ -100,8 +100,8 @@ def test_gradient_of_the_attention_op_is_that_of_autograd() -> None:
     found, wanted = (
         torch.autograd.grad(sum(((result * (1 + result)).sum() for result in results), start=torch.zeros(())), tensors)
         for results in (
-            attention_module._attend(*tensors, 2)[:2],
-            attention_module.rows_reference(*tensors, 2),
+            attention_module._attend(*tensors, 2, 0.3)[:2],
+            attention_module.rows_reference(*tensors, 2, 0.3),
         )
     )
     torch.testing.assert_close(found, wanted)
@@ -115,7 +115,7 @@ def test_gradcheck() -> None:
 def test_gradcheck_of_the_attention_op() -> None:
     draw = torch.Generator().manual_seed(0)
     leaves = [torch.randn(2, 3, n, 5, dtype=torch.float64, generator=draw).requires_grad_() for n in (2, 7, 7)]
-    assert torch.autograd.gradcheck(lambda *three: attention_module._attend(*three, 2), leaves)
+    assert torch.autograd.gradcheck(lambda *three: attention_module._attend(*three, 2, 0.3), leaves)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiled)])
@@ -129,11 +129,11 @@ def test_full_graph_of_all_ops(backend: str) -> None:
     def everything(pixels: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         windows = gather_module._gather(pixels, KEEP, SHIFT, FLIP, 4, torch.float32, "torch")
         amount, slope = tv_module._tv_op(pixels, KEEP, 4, "image")
-        out, rows = attention_module._attend(query, key, value, 1)
+        out, rows = attention_module._attend(query, key, value, 1, 0.3)
         slots = select_module._select(rows.mean(1), 3)
         kept = select_module._remap(rows.mean(1), slots)
         mean, deviation = mask_module._statistics(pixels, KEEP, 4)
-        tile = tile_module._attend(key, key, value)
+        tile = tile_module._attend(key, key, value, 0.3)
         return windows.sum() + amount.sum(), slope, out, kept, mean, deviation, tile
 
     arguments = (pixels, query, key, value)

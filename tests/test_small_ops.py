@@ -147,6 +147,16 @@ def test_cls_attention_is_an_explicit_softmax(queries: int, prefix: int, tokens:
     torch.testing.assert_close(score, want, rtol=1e-12, atol=1e-12)
 
 
+def test_cls_attention_takes_a_scale() -> None:
+    query, key, value = (randn(2, 3, n, 16, seed=n) for n in (2, 9, 10))
+    value = value[:, :, :9]
+    found = cls_attention(query, key, value, 1, scale=0.7)
+    wanted = cls_attention(query * (0.7 * 16**0.5), key, value, 1)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="scale=nan: must be finite"):
+        cls_attention(query, key, value, 1, scale=math.nan)
+
+
 def test_cls_attention_in_bfloat16() -> None:
     query, key, value = (randn(2, 3, n, 16, seed=n).bfloat16() for n in (1, 9, 10))
     key = torch.cat([key, key[:, :, :1]], 2)

@@ -15,17 +15,26 @@ def packed_of(tokens: int = 7, width: int = 5, dtype: torch.dtype = torch.float6
     return 2 * torch.randn(2, tokens, 3, 3, width, generator=torch.Generator().manual_seed(tokens), dtype=dtype)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 47, 300])
-def test_it_is_scaled_dot_product_attention(tokens: int) -> None:
+def op(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return tile_module._attend(query, key, value, query.shape[-1] ** -0.5)
+
+
+def packed_op(packed: Tensor) -> Tensor:
+    return tile_module._attend_packed(packed, packed.shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize(("tokens", "scale"), [(1, None), (2, None), (47, None), (47, 0.3), (7, 1), (300, None)])
+def test_it_is_scaled_dot_product_attention(tokens: int, scale: float | None) -> None:
     leaf = packed_of(tokens, 64).requires_grad_()
-    wanted = F.scaled_dot_product_attention(*parts_of(leaf))
+    wanted = F.scaled_dot_product_attention(*parts_of(leaf), scale=scale)
+    number = 64**-0.5 if scale is None else scale
     weights = torch.linspace(-1, 1, wanted.numel(), dtype=torch.float64).view_as(wanted)
     (gradient,) = torch.autograd.grad(wanted, leaf, weights)
     for found in (
-        tile_attention(*parts_of(leaf)),
-        packed_tile_attention(leaf),
-        tile_module._attend(*parts_of(leaf)),
-        tile_module._attend_packed(leaf),
+        tile_attention(*parts_of(leaf), scale=scale),
+        packed_tile_attention(leaf, scale=scale),
+        tile_module._attend(*parts_of(leaf), number),
+        tile_module._attend_packed(leaf, number),
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(*torch.autograd.grad(found, leaf, weights), gradient, rtol=1e-11, atol=1e-12)
@@ -34,8 +43,8 @@ def test_it_is_scaled_dot_product_attention(tokens: int) -> None:
 def test_gradcheck() -> None:
     leaves = [part.detach().requires_grad_() for part in parts_of(packed_of())]
     assert torch.autograd.gradcheck(tile_attention, leaves)
-    assert torch.autograd.gradcheck(tile_module._attend, leaves)
-    assert torch.autograd.gradcheck(tile_module._attend_packed, (packed_of().requires_grad_(),))
+    assert torch.autograd.gradcheck(op, leaves)
+    assert torch.autograd.gradcheck(packed_op, (packed_of().requires_grad_(),))
 
 
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (1, 2)])
@@ -43,8 +52,7 @@ def test_partial_requires_grad(which: tuple[int, ...]) -> None:
     parts = [part.detach().requires_grad_(i in which) for i, part in enumerate(parts_of(packed_of()))]
     leaves = [parts[i] for i in which]
     found, wanted = (
-        torch.autograd.grad(attend(*parts).square().sum(), leaves)
-        for attend in (tile_module._attend, F.scaled_dot_product_attention)
+        torch.autograd.grad(attend(*parts).square().sum(), leaves) for attend in (op, F.scaled_dot_product_attention)
     )
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
 
@@ -55,11 +63,11 @@ def test_one_tensor_three_times() -> None:
     def gradient(x: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            return torch.autograd.grad(tile_module._attend(leaf, leaf, leaf).square().sum(), leaf)[0]
+            return torch.autograd.grad(op(leaf, leaf, leaf).square().sum(), leaf)[0]
 
     (wanted,) = torch.autograd.grad(F.scaled_dot_product_attention(leaf, leaf, leaf).square().sum(), leaf)
     compiled = torch.compile(make_fx(gradient)(leaf.detach()), fullgraph=True, backend="aot_eager")
-    attend = torch.compile(lambda x: tile_module._attend(x, x, x), fullgraph=True, backend="aot_eager")
+    attend = torch.compile(lambda x: op(x, x, x), fullgraph=True, backend="aot_eager")
     for found in (
         gradient(leaf),
         compiled(leaf.detach()),
@@ -87,8 +95,8 @@ def test_large_logits_do_not_overflow() -> None:
 
 def test_the_fake_lays_results_out_as_the_op_does() -> None:
     parts = [part.contiguous() for part in parts_of(packed_of())]
-    assert tile_module._attend(*parts).stride() == tile_module._attend(*(part.to("meta") for part in parts)).stride()
-    assert tile_module._attend(*parts).transpose(1, 2).is_contiguous()
+    assert op(*parts).stride() == op(*(part.to("meta") for part in parts)).stride()
+    assert op(*parts).transpose(1, 2).is_contiguous()
 
 
 def test_what_the_kernel_does_not_take() -> None:
@@ -101,6 +109,17 @@ def test_what_the_kernel_does_not_take() -> None:
     assert "heads 129 wide" in str(reason(9, 129, half, half, half))
     assert "different dtypes" in str(reason(9, 64, half, half, single))
     assert "float64" in str(reason(9, 64, double, double, double))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_number(scale: float) -> None:
+    packed = packed_of()
+    for call in (
+        lambda: tile_attention(*parts_of(packed), scale=scale),
+        lambda: packed_tile_attention(packed, scale=scale),
+    ):
+        with pytest.raises(ValueError, match=rf"scale={scale}: must be finite"):
+            call()
 
 
 def test_a_device_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

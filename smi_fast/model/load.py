@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from smi_fast.model.checkpoint import load_weights, read_state_dict
+from smi_fast.model.fold import fold as fold_model
 from smi_fast.model.fp8 import to_fp8, why_not_fp8
 from smi_fast.model.from_timm import check_supported, from_timm, weights_sha256
 from smi_fast.model.scaled_linear import FP8
@@ -58,6 +59,7 @@ def load_model(
     img_size: int | Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    fold: bool = False,
 ) -> SparseViT:
     """Load a frozen Vision Transformer.
 
@@ -72,6 +74,7 @@ def load_model(
         dtype: compute dtype, one of float32, bfloat16, float64; or float8_e4m3fn, for a model in bfloat16 whose
             blocks' linear layers run on 8-bit floats (CUDA devices of compute capability 8.9 and above).
         device: where the weights go.
+        fold: put norms and attention's scale into the linear layers, see `smi_fast.model.fold.fold`.
 
     Returns:
         The model, frozen. With 1000 classes it is taken to know ImageNet-1k, and its classes are named so.
@@ -97,6 +100,8 @@ def load_model(
         class_names=None if found.class_names is None else tuple(found.class_names),
     )
     model = from_timm(found.vit, info)
+    if fold:
+        fold_model(model)
     if dtype is FP8:
         return to_fp8(model.with_dtype(torch.bfloat16)).to(device)
     return model.with_dtype(dtype).to(device)

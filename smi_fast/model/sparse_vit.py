@@ -36,7 +36,10 @@ class ViTOutput(NamedTuple):
 
 
 class FrozenBlock(nn.Module):
-    """A pre-norm transformer block; LayerScale, where a model has it, is folded into ``proj`` and ``fc2``."""
+    """A pre-norm transformer block; LayerScale, where a model has it, is folded into ``proj`` and ``fc2``.
+
+    ``scale`` is that of attention's logits: None for ``1 / sqrt(d)``, 1 where the queries come scaled, see `fold`.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class FrozenBlock(nn.Module):
         self.qkv: nn.Linear | ScaledLinear
         self.qkv, self.q_norm, self.k_norm, self.proj = attention_layers
         self.fc1, self.act, self.fc2 = mlp
+        self.scale: float | None = None
 
     def _split(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
         """``[B, N, parts * H * d]`` to ``parts`` tensors ``[B, H, N, d]``."""
@@ -72,7 +76,7 @@ class FrozenBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, D]`` to ``[B, N, D]``."""
         query, key, value = self._split(self.qkv(self.norm1(x)), 3)
-        return self._finish(x, attention(self.q_norm(query), self.k_norm(key), value))
+        return self._finish(x, attention(self.q_norm(query), self.k_norm(key), value, scale=self.scale))
 
     def forward_last(self, x: Tensor, prefix: int, reads: int) -> tuple[Tensor, Tensor]:
         """The block for the first ``reads`` tokens alone: ``[B, reads, D]``, and the CLS scores ``[B, K]``."""
@@ -80,15 +84,15 @@ class FrozenBlock(nn.Module):
         inner = self.qkv.out_features // 3
         (query,) = self._split(self._project(first_tokens(normed, reads), 0, inner), 1)
         key, value = self._split(self._project(normed, inner, 3 * inner), 2)
-        attended, scores = cls_attention(self.q_norm(query), self.k_norm(key), value, prefix)
+        attended, scores = cls_attention(self.q_norm(query), self.k_norm(key), value, prefix, scale=self.scale)
         return self._finish(first_tokens(x, reads), attended), scores
 
     def forward_with_scores(self, x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
         """The block for all tokens, for heads that average the patches: ``[B, N, D]``, CLS scores ``[B, K]``."""
         query, key, value = self._split(self.qkv(self.norm1(x)), 3)
         query, key = self.q_norm(query), self.k_norm(key)
-        _, scores = cls_attention(query[:, :, :1], key, value, prefix)
-        return self._finish(x, attention(query, key, value)), scores
+        _, scores = cls_attention(query[:, :, :1], key, value, prefix, scale=self.scale)
+        return self._finish(x, attention(query, key, value, scale=self.scale)), scores
 
 
 def first_tokens(x: Tensor, count: int) -> Tensor:

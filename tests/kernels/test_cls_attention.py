@@ -114,6 +114,19 @@ def test_gradients_of_one_result_alone(shape: Shape) -> None:
     assert_gradients_near_truth(shape, torch.float32, (None, score))
 
 
+def test_a_scale_of_its_own() -> None:
+    shape = SHAPES[3]
+    query, both = projections(shape, torch.float32)
+    factor, found = 0.5 * shape.width**0.5, []
+    for leaf, scale, impl in ((query * factor, None, "torch"), (query, 0.5, "triton")):
+        leaves = leaf.requires_grad_(), both.detach().requires_grad_()
+        results = cls_attention(*split(*leaves), shape.prefix, scale=scale, impl=impl)
+        found.append([*results, *torch.autograd.grad(results, leaves, draws_for(shape, torch.float32))])
+    found[0][2] *= factor
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(one.detach().abs().max()))
+
+
 @pytest.mark.parametrize("wanted", range(3))
 def test_partial_requires_grad(wanted: int) -> None:
     shape = SHAPES[3]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -62,8 +63,8 @@ def cotangent(shape: Shape, dtype: torch.dtype) -> Tensor:
     return randn(shape.batch, shape.tokens, shape.heads, shape.width, salt=1, dtype=dtype).transpose(1, 2)
 
 
-def of_parts(packed: Tensor, impl: str) -> Tensor:
-    return tile_attention(*parts_of(packed), impl=impl)
+def of_parts(packed: Tensor, impl: str, scale: float | None = None) -> Tensor:
+    return tile_attention(*parts_of(packed), impl=impl, scale=scale)
 
 
 def with_gradient(function: Callable[..., Tensor], packed: Tensor, draw: Tensor, impl: str) -> tuple[Tensor, Tensor]:
@@ -94,6 +95,18 @@ def test_a_packed_projection_gives_the_same(shape: Shape) -> None:
     found = with_gradient(packed_tile_attention, packed, draw, "triton")
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
     assert found[1].is_contiguous()
+
+
+def test_a_scale_of_its_own() -> None:
+    packed, draw = projection(BLOCKS, torch.float32), cotangent(BLOCKS, torch.float32)
+    scaled = packed.clone()
+    scaled[:, :, 0] *= 0.5 * BLOCKS.width**0.5
+    wanted, gradient = with_gradient(of_parts, scaled, draw, "torch")
+    gradient[:, :, 0] *= 0.5 * BLOCKS.width**0.5
+    for function in (of_parts, packed_tile_attention):
+        found = with_gradient(partial(function, scale=0.5), packed, draw, "triton")
+        for one, other in zip(found, (wanted, gradient), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
 def test_partial_requires_grad() -> None:
