@@ -1,23 +1,147 @@
-"""Self-attention without a mask, with the back end chosen per device."""
+"""Self-attention without a mask, and what computes it.
+
+    "flash", "efficient", "math"  PyTorch's ``scaled_dot_product_attention``, held to that back end
+    "tile"                        the kernel of `tile_attention`, for few tokens; in plain torch on a CPU
+    "plain"                       written out, with the whole matrix of weights
+
+The environment variable ``SMI_FAST_ATTENTION`` names one for all calls, else the caller may (`SparseViT` does so for
+each number of tokens, see `SparseViT.choose_attention`), else the device and dtype decide:
+
+    CPU                         "plain"
+    CUDA, 16 bits               `CHOICES`, where that back end runs
+    CUDA otherwise              what PyTorch takes of flash, efficient and math
+
+The backward of "tile", "math" and "plain" takes its sums in the same order each time. On a GPU those of "flash" and
+"efficient" add with atomics, and differ in the last bits from run to run, unless
+``torch.use_deterministic_algorithms`` is on.
+"""
+
+import math
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from smi_fast.kernels.dispatch import why_not_triton
+from smi_fast.kernels.tile_attention import packed_tile_attention, parts_of, tile_attention, unsupported
+
+ATTENTION_VARIABLE = "SMI_FAST_ATTENTION"
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 # cuDNN is left out: its backward returned NaN at these lengths in torch 2.11.
-CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CUDA_BACKENDS = list(BACKENDS.values())
+NAMES = (*BACKENDS, "tile", "plain")
+# Up to so many tokens, in 16 bits on CUDA. No entry was timed on a device yet.
+CHOICES = ((64, "flash"), (128, "flash"), (256, "flash"), (math.inf, "flash"))
+AMPERE = (8, 0)
+MOST_FLASH_WIDTH = 256
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
-    """``softmax(scale q k^T) v``; all ``[B, H, N, d]``, the result too; ``scale`` is ``1 / sqrt(d)`` unless given.
+def why_not(name: str, query: Tensor) -> str | None:
+    """Why a choice cannot attend with ``query [B, H, N, d]`` and keys of its dtype, None if it can."""
+    width, dtype = query.shape[-1], query.dtype
+    if query.device.type != "cuda":
+        return "there is none on a CPU" if name == "efficient" else None
+    if name == "tile":
+        return why_not_triton(query) or unsupported(query, query, query)
+    if name == "flash":
+        return _why_not_flash(query)
+    if name == "efficient":
+        if dtype == torch.float64:
+            return "it takes no float64"
+        if width * dtype.itemsize % 16:
+            return f"it takes heads in multiples of 16 bytes, not {width} of {dtype}"
+    return None
 
-    On a CPU the product is written out: at 33 tokens a training step of the demo model took 1.15 s with the flash
-    kernel and 0.71 s without (two Zen 4 cores, torch 2.15); the kernel's backward is the slow part.
+
+def _why_not_flash(query: Tensor) -> str | None:
+    width, dtype = query.shape[-1], query.dtype
+    if dtype.itemsize != 2:
+        return f"it takes 16 bits, not {dtype}"
+    if width > MOST_FLASH_WIDTH:
+        return f"it takes heads up to {MOST_FLASH_WIDTH} wide, not {width}"
+    found = torch.cuda.get_device_capability(query.device)
+    if found < AMPERE:
+        return f"it needs compute capability {AMPERE[0]}.{AMPERE[1]}, not {found[0]}.{found[1]}"
+    return None
+
+
+def require(source: str, name: str, query: Tensor) -> None:
+    """Refuse a choice that is unknown or cannot run.
+
+    Args:
+        source: who asks for what, to begin the message with, such as ``"choice='flash'"``.
+        name: the choice.
+        query: ``[B, H, N, d]``, or anything of its shape, dtype and device.
+
+    Raises:
+        ValueError: with the rule, or the reason.
     """
-    if query.is_cuda:
-        with sdpa_kernel(CUDA_BACKENDS):
-            return F.scaled_dot_product_attention(query, key, value, scale=scale)
+    if name not in NAMES:
+        raise ValueError(f"{source}: must be one of {', '.join(map(repr, NAMES))}")
+    if reason := why_not(name, query):
+        raise ValueError(f"{source}: {name!r} attention cannot run at {query.shape[-2]} tokens: {reason}")
+
+
+def _settle(query: Tensor, choice: str | None) -> str | None:
+    """The choice that counts; None leaves it to PyTorch."""
+    forced = os.environ.get(ATTENTION_VARIABLE)
+    if forced:
+        require(f"{ATTENTION_VARIABLE}={forced!r}", forced, query)
+        return forced
+    if choice is not None:
+        require(f"choice={choice!r}", choice, query)
+        return choice
+    if query.device.type != "cuda":
+        return "plain"
+    if query.dtype.itemsize != 2:
+        return None
+    name = next(name for most, name in CHOICES if query.shape[-2] <= most)
+    return None if why_not(name, query) else name
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, choice: str | None = None, scale: float | None = None
+) -> Tensor:
+    """``softmax(scale q k^T) v``.
+
+    Args:
+        query, key, value: ``[B, H, N, d]``, of one floating dtype.
+        choice: see the top of the file; None for the default.
+        scale: of the logits; None for ``1 / sqrt(d)``.
+
+    Returns:
+        ``[B, H, N, d]`` in the dtype of ``value``.
+
+    Raises:
+        ValueError: a choice that is unknown, or cannot run with these tensors.
+    """
+    name = _settle(query, choice)
+    if name == "tile":
+        return tile_attention(query, key, value, scale=scale)
+    if name == "plain":
+        return _plain(query, key, value, scale)
+    with sdpa_kernel(CUDA_BACKENDS if name is None else BACKENDS[name]):
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def packed_attention(packed: Tensor, *, choice: str | None = None, scale: float | None = None) -> Tensor:
+    """`attention` of the three parts of one projection ``[B, N, 3, H, d]``, which "tile" takes in one piece."""
+    query, key, value = parts_of(packed)
+    if _settle(query, choice) == "tile":
+        return packed_tile_attention(packed, scale=scale)
+    return attention(query, key, value, choice=choice, scale=scale)
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """The default on a CPU: at 33 tokens a training step of the demo model took 1.15 s with the flash kernel and
+    0.71 s so (two Zen 4 cores, torch 2.15); the kernel's backward is the slow part.
+    """
     exact = torch.promote_types(query.dtype, torch.float32)
     if scale != 1:  # queries that come scaled need no product
         query = query * (query.shape[-1] ** -0.5 if scale is None else scale)

@@ -20,7 +20,8 @@ from smi_fast.kernels.check import check_ids
 from smi_fast.kernels.cls_attention import cls_attention
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.patch_gather import patch_gather
-from smi_fast.model.attention import attention
+from smi_fast.kernels.tile_attention import parts_of
+from smi_fast.model.attention import attention, packed_attention, require
 from smi_fast.model.scaled_linear import ScaledLinear
 from smi_fast.model.spec import ModelInfo, ViTShape
 
@@ -56,10 +57,9 @@ class FrozenBlock(nn.Module):
         self.fc1, self.act, self.fc2 = mlp
         self.scale: float | None = None
 
-    def _split(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """``[B, N, parts * H * d]`` to ``parts`` tensors ``[B, H, N, d]``."""
-        batch, tokens, _ = projected.shape
-        return projected.reshape(batch, tokens, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    def _pack(self, projected: Tensor, parts: int) -> Tensor:
+        """``[B, N, parts * H * d]`` to ``[B, N, parts, H, d]``."""
+        return projected.unflatten(2, (parts, self.heads, -1))
 
     def _project(self, x: Tensor, first: int, last: int) -> Tensor:
         """Outputs ``first`` to ``last`` of ``qkv``: ``[B, M, D]`` to ``[B, M, last - first]``."""
@@ -73,26 +73,30 @@ class FrozenBlock(nn.Module):
         x = x + self.proj(attended.transpose(1, 2).flatten(2))
         return x + self.fc2(self.act(self.fc1(self.norm2(x))))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, N, D]`` to ``[B, N, D]``."""
-        query, key, value = self._split(self.qkv(self.norm1(x)), 3)
-        return self._finish(x, attention(self.q_norm(query), self.k_norm(key), value, scale=self.scale))
+    def forward(self, x: Tensor, choice: str | None = None) -> Tensor:
+        """``[B, N, D]`` to ``[B, N, D]``; ``choice`` of attention as in `attention`."""
+        packed = self._pack(self.qkv(self.norm1(x)), 3)
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            return self._finish(x, packed_attention(packed, choice=choice, scale=self.scale))
+        query, key, value = parts_of(packed)
+        query, key = self.q_norm(query), self.k_norm(key)
+        return self._finish(x, attention(query, key, value, choice=choice, scale=self.scale))
 
     def forward_last(self, x: Tensor, prefix: int, reads: int) -> tuple[Tensor, Tensor]:
         """The block for the first ``reads`` tokens alone: ``[B, reads, D]``, and the CLS scores ``[B, K]``."""
         normed = self.norm1(x)
         inner = self.qkv.out_features // 3
-        (query,) = self._split(self._project(first_tokens(normed, reads), 0, inner), 1)
-        key, value = self._split(self._project(normed, inner, 3 * inner), 2)
+        (query,) = parts_of(self._pack(self._project(first_tokens(normed, reads), 0, inner), 1))
+        key, value = parts_of(self._pack(self._project(normed, inner, 3 * inner), 2))
         attended, scores = cls_attention(self.q_norm(query), self.k_norm(key), value, prefix, scale=self.scale)
         return self._finish(first_tokens(x, reads), attended), scores
 
-    def forward_with_scores(self, x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    def forward_with_scores(self, x: Tensor, prefix: int, choice: str | None = None) -> tuple[Tensor, Tensor]:
         """The block for all tokens, for heads that average the patches: ``[B, N, D]``, CLS scores ``[B, K]``."""
-        query, key, value = self._split(self.qkv(self.norm1(x)), 3)
+        query, key, value = parts_of(self._pack(self.qkv(self.norm1(x)), 3))
         query, key = self.q_norm(query), self.k_norm(key)
         _, scores = cls_attention(query[:, :, :1], key, value, prefix, scale=self.scale)
-        return self._finish(x, attention(query, key, value, scale=self.scale)), scores
+        return self._finish(x, attention(query, key, value, choice=choice, scale=self.scale)), scores
 
 
 def first_tokens(x: Tensor, count: int) -> Tensor:
@@ -119,6 +123,9 @@ class SparseViT(nn.Module):
 
     Build one with `smi_fast.load_model`. Compute dtype is that of the patch embedding; the final norm and the head
     stay in float32 at least, since the loss is read off them.
+
+    ``attention_choices`` says what attends in the blocks, by the number of tokens, prefix included; see
+    `choose_attention`. It is looked at when a forward is run or traced.
     """
 
     def __init__(self, shape: ViTShape, info: ModelInfo, parts: ViTParts) -> None:
@@ -130,6 +137,7 @@ class SparseViT(nn.Module):
         self.norm_pre, self.norm, self.fc_norm = parts.norm_pre, parts.norm, parts.fc_norm
         self.blocks = nn.ModuleList(parts.blocks)
         self.heads = nn.ModuleList(parts.heads)
+        self.attention_choices: dict[int, str] = {}
         self.requires_grad_(False)
         self.eval()
 
@@ -169,6 +177,24 @@ class SparseViT(nn.Module):
             module.to(exact)
         return self
 
+    def choose_attention(self, tokens: int, name: str) -> None:
+        """Let ``name`` attend where there are ``tokens`` tokens; the last block's few queries have their own op.
+
+        Args:
+            tokens: prefix tokens and kept patches.
+            name: one of `smi_fast.model.attention.NAMES`.
+
+        Raises:
+            ValueError: a number of tokens that the model never has; a name that is unknown, or cannot run on this
+                device, in this dtype or at this width (the reason is given).
+        """
+        least, most = self.shape.prefix + 1, self.shape.prefix + self.grid.patches
+        if not least <= tokens <= most:
+            raise ValueError(f"tokens={tokens}: must lie in {least}..{most}, prefix tokens and kept patches")
+        one = torch.empty((), dtype=self.dtype, device=self.device)
+        require(f"name={name!r}", name, one.expand(1, self.shape.heads, tokens, self.shape.head_width))
+        self.attention_choices[tokens] = name
+
     def forward(self, pixels: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Classify images from their kept patches.
 
@@ -202,19 +228,19 @@ class SparseViT(nn.Module):
         x = self.patch_embed(windows) + self.pos_embed[cells]
         x = torch.cat([self.prefix_tokens.expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
         x = self.norm_pre(x)
-        features = []
+        features, choice = [], self.attention_choices.get(x.shape[1])
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = block(x, choice)
             features.append(x)
-        x, scores = self._last_block(x)
+        x, scores = self._last_block(x, choice)
         return ViTOutput(self._head(x), scores, tuple(features))
 
-    def _last_block(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _last_block(self, x: Tensor, choice: str | None) -> tuple[Tensor, Tensor]:
         last, shape = self.blocks[-1], self.shape
         assert isinstance(last, FrozenBlock)
         if shape.reads:
             return last.forward_last(x, shape.prefix, shape.reads)
-        return last.forward_with_scores(x, shape.prefix)
+        return last.forward_with_scores(x, shape.prefix, choice)
 
     def _head(self, x: Tensor) -> Tensor:
         """Logits from ``[B, reads, D]`` (or all tokens, where the head averages the patches)."""
