@@ -21,7 +21,7 @@ from smi_fast.engine.step import build_step
 from smi_fast.kernels.grid import Grid
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.model import load_model
-from smi_fast.model.attention import CUDA_BACKENDS, attention
+from smi_fast.model.attention import CUDA_BACKENDS, NAMES, attention, packed_attention, parts_of, why_not
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.priors import priors_of
 
@@ -142,6 +142,31 @@ def test_attention_back_ends(tokens: int, dtype: torch.dtype, backend: SDPBacken
     for gradient in gradients:
         assert torch.isfinite(gradient).all()
     assert torch.isfinite(attention(*leaves)).all()
+
+
+@pytest.mark.parametrize("choice", [*NAMES, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [47, 67, 96, 138, 197, 577])
+def test_attention_choices(tokens: int, dtype: torch.dtype, choice: str | None) -> None:
+    draw = torch.Generator("cuda").manual_seed(tokens)
+    packed = 2 * torch.randn(4, tokens, 3, 3, 64, generator=draw, device="cuda").to(dtype)
+    if choice is not None and (reason := why_not(choice, parts_of(packed)[0])):
+        with pytest.raises(ValueError, match="cannot run"):
+            packed_attention(packed, choice=choice)
+        pytest.skip(reason)
+    weights = torch.randn(4, 3, tokens, 64, generator=draw, device="cuda", dtype=torch.float64)
+
+    def both_ways(packed: torch.Tensor, choice: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = packed.detach().requires_grad_()
+        out = packed_attention(leaf, choice=choice, scale=0.3)
+        return out.detach(), torch.autograd.grad(out, leaf, weights.to(out.dtype))[0]
+
+    truth, plain, found = both_ways(packed.double(), "plain"), both_ways(packed, "plain"), both_ways(packed, choice)
+    for exact, eager, ours in zip(truth, plain, found, strict=True):
+        assert ours.dtype == dtype
+        error, allowed = (ours - exact).norm(), (eager - exact).norm()
+        # sums in another order, of products in float32
+        assert error <= 2 * allowed + 64 * torch.finfo(torch.float32).eps * exact.norm(), (error, allowed)
 
 
 def test_large_shapes_are_exact() -> None:
