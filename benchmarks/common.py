@@ -2,15 +2,18 @@
 
 import argparse
 import csv
+import json
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from smi_fast.config import PAPER_STOPS, InversionConfig
@@ -18,6 +21,7 @@ from smi_fast.engine.compiler import compile_step
 from smi_fast.engine.state import State, new_state, stop_patches
 from smi_fast.engine.step import build_step
 from smi_fast.kernels.grid import Grid
+from smi_fast.model.checkpoint import read_state_dict
 from smi_fast.model.from_timm import from_timm
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.model.spec import ModelInfo
@@ -37,6 +41,16 @@ def build_vit(name: str, device: str, image: int | None = None) -> Any:
     torch.manual_seed(0)
     options: dict[str, Any] = {} if image is None else {"img_size": image}
     return timm.create_model(name, **options).eval().to(device)
+
+
+def demo_vit(device: str) -> tuple[VisionTransformer, list[float], list[float]]:
+    """The bundled teacher as timm's own model, with the mean and deviation of its colours."""
+    with resources.as_file(resources.files("smi_fast.model") / "assets") as assets:
+        facts = json.loads((assets / "demo.json").read_text())
+        weights = read_state_dict(assets / "demo.safetensors")
+    vit = VisionTransformer(**facts["architecture"])
+    vit.load_state_dict(weights)
+    return vit.eval().to(device), facts["mean"], facts["std"]
 
 
 def build_model(name: str, device: str, dtype: torch.dtype, image: int | None = None) -> SparseViT:
