@@ -2,6 +2,7 @@
 # make test   set up, and run the tests on the newest libraries
 # make lint   ruff and mypy
 # make gpu    on a machine with a GPU: its tests and benchmarks, with the python3 that is there; no set-up
+# make gpu-speed, gpu-more   there as well: the waterfall and a profile; scaling and quality
 # make test-oldest   the tests on the oldest supported torch, in an environment of its own
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ OLDEST ?= .venv-oldest
 OUT ?= runs/demo
 DEMO_STOPS = --stop 50:0.3 --stop 100:0.3 --stop 200:0.3 --stop 300:0.3
 
-.PHONY: setup demo test lint test-oldest gpu clean
+.PHONY: setup demo test lint test-oldest gpu gpu-speed gpu-more clean
 
 setup: $(VENV)/.ready
 setup-oldest: $(OLDEST)/.ready
@@ -44,7 +45,13 @@ test-oldest: setup-oldest
 	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest -m kernel tests/kernels
 
 gpu:
-	PYTHON=$(PYTHON) benchmarks/gpu.sh
+	PYTHON=$(PYTHON) benchmarks/gpu.sh tests
+
+gpu-speed:
+	PYTHON=$(PYTHON) benchmarks/gpu.sh speed
+
+gpu-more:
+	PYTHON=$(PYTHON) benchmarks/gpu.sh more
 
 lint: setup
 	$(VENV)/bin/ruff check .

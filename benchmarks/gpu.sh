@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# make gpu: all that needs a GPU, in under 9 minutes, with whatever python3 has torch, triton, timm and pytest.
+# make gpu, gpu-speed, gpu-more: all that needs a GPU, each in under 10 minutes, with whatever python3 has torch, triton,
+# timm and pytest. gpu.sh tests | speed | more
 # Writes to $OUT if that is set, else to benchmarks/results/. A part that fails does not keep the next from running.
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
@@ -29,25 +30,43 @@ part() {  # seconds, name, command ...
 part 30 device "$PYTHON" -m smi_fast doctor
 part 10 driver nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm,memory.total --format=csv
 
-# most of a test's time is compiling kernels, one core each: a process a file
-echo "== tests"
-declare -A running
-for file in tests/kernels/test_*.py tests/test_gpu.py; do
-    name=$(basename "$file" .py)
-    [ "$name" = test_ahead_of_time ] && continue
-    timeout --kill-after=10 180 "$PYTHON" -m pytest -m "kernel or gpu" "$file" -p no:cacheprovider --durations=3 \
-        > "$OUT/gpu-$name.log" 2>&1 &
-    running[$name]=$!
-done
-for name in "${!running[@]}"; do
-    wait "${running[$name]}"
-    status=$?
-    echo "$name: $(tail -n 1 "$OUT/gpu-$name.log")"
-    [ "$status" -eq 0 ] || grep -E "^(E  |FAILED|ERROR)" "$OUT/gpu-$name.log" | head -n 40
-    note "$status" "$name"
-done
+run_tests() {
+    # most of a test's time is compiling kernels, one core each: a process a file
+    echo "== tests"
+    declare -A running
+    for file in tests/kernels/test_*.py tests/test_gpu.py; do
+        name=$(basename "$file" .py)
+        [ "$name" = test_ahead_of_time ] && continue
+        timeout --kill-after=10 180 "$PYTHON" -m pytest -m "kernel or gpu" "$file" -p no:cacheprovider --durations=3 \
+            > "$OUT/gpu-$name.log" 2>&1 &
+        running[$name]=$!
+    done
+    for name in "${!running[@]}"; do
+        wait "${running[$name]}"
+        status=$?
+        echo "$name: $(tail -n 1 "$OUT/gpu-$name.log")"
+        [ "$status" -eq 0 ] || grep -E "^(E  |FAILED|ERROR)" "$OUT/gpu-$name.log" | head -n 40
+        note "$status" "$name"
+    done
+    part 120 kernels "$PYTHON" -m benchmarks.kernels --seconds 85 --compiled 1 --out "$OUT/kernels-cuda.csv"
+    part 190 engine "$PYTHON" -m benchmarks.engine --device cuda --model deit_base_patch16_224 --batch 64 --quick \
+        --stages sparse --rounds 7 --steps 5 --out "$OUT/engine-cuda-deit_base_patch16_224-b64.csv"
+}
 
-part 120 kernels "$PYTHON" -m benchmarks.kernels --seconds 85 --compiled 1 --out "$OUT/kernels-cuda.csv"
-part 190 engine "$PYTHON" -m benchmarks.engine --device cuda --model deit_base_patch16_224 --batch 64 --quick \
-    --stages sparse --rounds 7 --steps 5 --out "$OUT/engine-cuda-deit_base_patch16_224-b64.csv"
+run_speed() {
+    part 400 waterfall "$PYTHON" -m benchmarks.waterfall --device cuda --model deit_base_patch16_224 --batch 64 \
+        --rounds 5 --steps 20 --out "$OUT/waterfall-cuda-deit_base_patch16_224-b64.csv"
+    part 130 profile "$PYTHON" -m benchmarks.profile --device cuda --model deit_base_patch16_224 --batch 64 \
+        --impl compiled --out "$OUT/profile-cuda-deit_base_patch16_224-b64.csv"
+}
+
+run_more() {
+    part 240 scaling "$PYTHON" -m benchmarks.scaling --device cuda --seconds 190 --out "$OUT/scaling-cuda.csv"
+    part 200 quality "$PYTHON" -m benchmarks.equal_quality --device cuda --out "$OUT/equal-quality-cuda.csv"
+    part 130 tiny "$PYTHON" -m benchmarks.waterfall --device cuda --model deit_tiny_patch16_224 --batch 256 --rounds 5 \
+        --steps 20 --quality-iterations 20 --rows "tuned eager" "+ CUDA graphs" \
+        --out "$OUT/waterfall-cuda-deit_tiny_patch16_224-b256.csv"
+}
+
+"run_${1:-tests}"
 exit $failed

@@ -149,7 +149,7 @@ NAMES = (
 # A fused kernel that holds work of several parts goes to the one that touches most bytes: pixels before tokens, hidden
 # width before width, and a norm with the layout of heads around it to the norm.
 FUSED = (
-    (r"put_patches|patch_ungather|patch_halo|take_patches|pow.*sqrt|vector_norm", Part.UPDATE),
+    (r"put_patches|patch_ungather|take_halo|take_patches|pow.*sqrt|vector_norm", Part.UPDATE),
     (r"patch_gather", Part.GATHER),
     (r"gelu", Part.GELU),
     (r"log_softmax|nll_loss", Part.HEAD),

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from benchmarks.common import RESULTS
 from benchmarks.scaling import exponents
+from benchmarks.techniques import WATERFALL
 
 ROOT = Path(__file__).parent.parent
+NOT_MEASURED = "Not measured: no machine with a GPU was at hand since this was written.\n"
 END = "<!-- end of table -->\n"
 NAMES = {
     "published": "published loop",
@@ -56,7 +58,7 @@ def kernel_table(device: str) -> str:
     """Every op at the last stage and dense; microseconds are medians of one call."""
     rows = rows_of(f"kernels-{device}.csv")
     if not rows:
-        return "Not measured: no machine with a GPU was at hand since these kernels were written.\n"
+        return NOT_MEASURED
     first = rows[0]
     kept = {image: [int(row["kept"]) for row in rows if row["image"] == image] for image in {r["image"] for r in rows}}
     rows = [row for row in rows if int(row["kept"]) in (min(kept[row["image"]]), max(kept[row["image"]]))]
@@ -94,7 +96,7 @@ def scaling_table(device: str) -> str:
     """By axis: the exponent of the measured cost beside that of the FLOP count, and the rates at both ends."""
     rows = rows_of(f"scaling-{device}.csv")
     if not rows:
-        return "Not measured: no machine with a GPU was at hand since this benchmark was written.\n"
+        return NOT_MEASURED
     first = rows[0]
     lines = [
         f"{first['device_name']}, torch {first['torch']}, commit {first['commit']}; {first['impl']}, {first['dtype']}. "
@@ -115,12 +117,67 @@ def scaling_table(device: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def waterfall_table(name: str) -> str:
+    """A row a technique; milliseconds are of one iteration of the stage on its batch."""
+    rows = rows_of(f"waterfall-{name}.csv")
+    if not rows:
+        return NOT_MEASURED
+    first = rows[0]
+    count = sum(key.startswith("patches_") for key in first)
+    stages = [f"ms at {first[f'patches_{index}']}" for index in range(count)]
+    columns = ["row", "image-it/s", "over published", *stages, "share of matmul", "MiB", "compile s", "loss", "top-1"]
+    lines = [
+        f"{first['model']}, {first['device_name']}, torch {first['torch']}, commit {first['commit']}; bf16 matrix "
+        f"products reach {first['matmul_tflop_per_s']} TFLOP/s, a large copy {first['copy_gb_per_s']} GB/s. Batch "
+        f"{first['batches'].split()[0]} a stage, in the row of batches {rows[-1]['batches']}. Medians of "
+        f"{first['rounds']} rounds in which the rows took turns (20th to 80th percentile for the last stage); "
+        "gradients were checked first. Loss and top-1: of a short inversion of the bundled teacher by the same means.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|" + " --- |" * len(columns),
+    ]
+    for row in rows:
+        times = [row[f"ms_{index}_p50"] for index in range(count)]
+        times[-1] += f" ({row[f'ms_{count - 1}_p20']} to {row[f'ms_{count - 1}_p80']})"
+        cells = [row["row"], row["image_iterations_per_s"], f"{row['over_published']}x", *times]
+        cells += [f"{float(row['share_of_matmul']):.0%}", row["peak_memory_mib"], row["seconds_compile"]]
+        lines.append(f"| {' | '.join([*cells, row['final_loss'], row['teacher_top1']])} |")
+    measured = {row["row"] for row in rows}
+    missing = [technique.name for technique in WATERFALL if technique.name not in measured]
+    if missing:
+        lines += ["", f"Not measured here: {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def quality_table(device: str) -> str:
+    """Whether a fast path moves an image further than another seed does."""
+    rows = rows_of(f"equal-quality-{device}.csv")
+    if not rows:
+        return NOT_MEASURED
+    first = rows[0]
+    lines = [
+        f"{first['images']} images of the bundled teacher, {first['iterations']} iterations, {first['device_name']}, "
+        f"torch {first['torch']}, commit {first['commit']}.",
+        "",
+        "| path | top-1 | loss | overlap with the first row | within what a seed changes |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        within = "yes" if row["within_seeds"] == "True" else "no"
+        lines.append(f"| {row['row']} | {row['top1']} | {row['loss']} | {row['overlap']} | {within} |")
+    return "\n".join(lines) + "\n"
+
+
 # by file: mark that a table stands behind, and what makes it
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"engine": engine_table},
     ROOT / "benchmarks" / "README.md": {
         "kernels on a GPU": lambda: kernel_table("cuda"),
         "references on a CPU": lambda: kernel_table("cpu"),
+        "waterfall on a GPU": lambda: waterfall_table("cuda-deit_base_patch16_224-b64"),
+        "waterfall on a CPU": lambda: waterfall_table("cpu-deit_tiny_patch16_224-b8"),
+        "quality on a GPU": lambda: quality_table("cuda"),
+        "quality on a CPU": lambda: quality_table("cpu"),
         "scaling on a GPU": lambda: scaling_table("cuda"),
         "scaling on a CPU": lambda: scaling_table("cpu"),
     },

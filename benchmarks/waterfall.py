@@ -62,28 +62,32 @@ class Row:
         self.process = context.Process(target=serve, args=(technique, args, stages, theirs), daemon=True)
         self.process.start()
         theirs.close()
-        self.facts, self.flops = self.ask(None)
+        self.facts: dict[str, Any] = {}
+        self.flops: list[int] = []
         self.milliseconds: list[list[float]] = [[] for _ in stages]
         self.memory = 0
         self.quality: dict[str, float] = {}
 
-    def ask(self, order: Any) -> Any:
-        """Send an order, if there is one, and wait for the answer.
+    def ready(self) -> None:
+        """Wait until it is set up."""
+        self.facts, self.flops = self.answer()
+
+    def answer(self) -> Any:
+        """What the process answers to the last order.
 
         Raises:
-            RuntimeError: the process ended without one; its own error is on the terminal.
+            RuntimeError: the process ended without an answer; its own error is on the terminal.
         """
         try:
-            if order is not None:
-                self.pipe.send(order)
             return self.pipe.recv()
-        except (EOFError, BrokenPipeError):
+        except EOFError:
             self.process.join()
             raise RuntimeError(f"{self.technique.name}: its process ended with {self.process.exitcode}") from None
 
     def time(self, stage: int, steps: int, count: bool) -> None:
         """One round at one stage."""
-        milliseconds, self.memory = self.ask(("time", stage, steps))
+        self.pipe.send(("time", stage, steps))
+        milliseconds, self.memory = self.answer()
         if count:
             self.milliseconds[stage].append(milliseconds)
 
@@ -144,9 +148,13 @@ def measure(rows: list[Row], args: argparse.Namespace) -> None:
             for row in rows:
                 row.time(stage, args.steps, count=turn > 0)  # the first round warms up
         print(f"{rows[0].stages[stage].kept} patches: {args.rounds} rounds done", flush=True)
-    for row in rows:
-        row.quality = row.ask(("quality", args.quality_iterations))
-        print(f"{row.technique.name}: {row.quality}", flush=True)
+    # nothing is timed any more: on a GPU's machine, with its cores, all of them at once
+    for group in [rows] if args.device != "cpu" else [[row] for row in rows]:
+        for row in group:
+            row.pipe.send(("quality", args.quality_iterations))
+        for row in group:
+            row.quality = row.answer()
+            print(f"{row.technique.name}: {row.quality}", flush=True)
 
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
@@ -202,6 +210,11 @@ def main() -> None:
             continue
         print(f"{technique.name}: setting up", flush=True)
         rows.append(Row(technique, args, stages))
+        if args.device == "cpu":
+            rows[-1].ready()
+    if args.device != "cpu":  # compilation is most of it, a core each
+        for row in rows:
+            row.ready()
     measure(rows, args)
     rate = matmul_rate(args.device, torch.bfloat16)
     lines = [line(row, rows[0], rate, args) for row in rows]
