@@ -280,7 +280,7 @@ def aot_eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def test_compiling_ahead(make_model: MakeModel, aot_eager: list[str]) -> None:
     model = make_model()
-    inverter = Inverter(model, CONFIG, batch_size=(2, 2, 2), impl="compiled", compile_ahead=True)
+    inverter = Inverter(model, CONFIG, batch_size=(1, 2, 4), impl="compiled", compile_ahead=True)
     images = inverter(LABELS)
     assert len(aot_eager) == 3, "each bucket once"
     assert sum(name.startswith("smi_fast_compile") for name in aot_eager) == 2

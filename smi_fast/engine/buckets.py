@@ -83,16 +83,14 @@ class Buckets:
         return self._runners[bucket]
 
     def ahead(self, state: State, batch: int, kept: int) -> None:
-        """Compile the bucket of ``batch`` images and ``kept`` patches in the background; ``state``: of any bucket."""
+        """Compile the bucket of ``batch`` images and ``kept`` patches in the background, while ``state`` is in work."""
         bucket = Bucket(batch, kept)
         if not self.recipe.compiled or bucket in self._runners or bucket in self._ahead:
             return
-        rows = take_rows(state, 0, min(batch, len(state.canvas)))
-        if len(rows.canvas) == batch:
-            following = stop_patches(rows, kept, self.recipe.config.rules.stop_updates)
-            thread = ThreadPoolExecutor(1, thread_name_prefix="smi_fast_compile")
-            self._ahead[bucket] = thread.submit(self._compile, following)
-            thread.shutdown(wait=False)  # it ends with its work
+        following = stop_patches(take_rows(state, 0, batch), kept, self.recipe.config.rules.stop_updates)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="smi_fast_compile")
+        self._ahead[bucket] = thread.submit(self._compile, following)
+        thread.shutdown(wait=False)  # it ends with its work
 
     def drop(self, bucket: Bucket) -> None:
         """Forget a bucket and the memory it holds."""

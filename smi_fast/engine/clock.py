@@ -10,25 +10,25 @@ Mark = torch.cuda.Event | float
 
 
 class StageClock:
-    """Marks on the device's own time line where there is CUDA, on the host's clock elsewhere."""
+    """Marks on the device's own time line on CUDA, on the host's clock elsewhere."""
 
     def __init__(self) -> None:
         self._stages: list[tuple[int, Mark, Mark]] = []
 
     @contextlib.contextmanager
-    def stage(self, number: int) -> Iterator[None]:
-        """What is launched in the block belongs to that stage; nothing waits."""
-        begin = _mark()
+    def stage(self, number: int, device: torch.device) -> Iterator[None]:
+        """What is launched on the device in the block belongs to that stage; nothing waits."""
+        begin = _mark(device)
         yield
-        self._stages.append((number, begin, _mark()))
+        self._stages.append((number, begin, _mark(device)))
 
     def seconds(self) -> list[tuple[int, float]]:
         """The stages with their times, in the order they were run in; waits for the device."""
         return [(number, _between(begin, end)) for number, begin, end in self._stages]
 
 
-def _mark() -> Mark:
-    if not torch.cuda.is_available():
+def _mark(device: torch.device) -> Mark:
+    if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()

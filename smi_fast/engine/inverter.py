@@ -209,23 +209,32 @@ class Inverter:
 
     def _run_batch(self, state: State, start: int, number: int, group: Group) -> int:
         """All iterations of a stage for the images from ``start`` on; returns how many those are."""
-        while True:
+        while not self._fits(state, start, number, group):
             batch = group.batches[number]
-            try:
-                runner = self._runner(state, start, number, batch)
-                runner.load(state, start)
-                with group.clock.stage(number):
-                    self._iterate(runner, start, number, group)
-                runner.store(state, start)
-                return batch
-            except torch.OutOfMemoryError:
-                smaller = halved(batch) if self.config.rules.stop_updates else 0
-                if not smaller:
-                    raise
-                self.buckets.drop(Bucket(batch, state.keep.shape[1]))
-                group.batches[number] = smaller
-                self.batches = lowered(self.batches, number, smaller)
-                self.progress.out_of_memory(number, batch, smaller)
+            smaller = halved(batch)
+            # here, where nothing of the failed attempt is alive any more
+            self.buckets.drop(Bucket(batch, state.keep.shape[1]))
+            group.batches[number] = smaller
+            self.batches = lowered(self.batches, number, smaller)
+            self.progress.out_of_memory(number, batch, smaller)
+        return group.batches[number]
+
+    def _fits(self, state: State, start: int, number: int, group: Group) -> bool:
+        """Run a batch; False where it does not fit into memory and a smaller one may, ``state`` being as it was."""
+        batch = group.batches[number]
+        try:
+            runner = self._runner(state, start, number, batch)
+            runner.load(state, start)
+            if self.compile_ahead and number + 1 < len(self.stages):
+                self.buckets.ahead(state, group.batches[number + 1], self.stages[number + 1].kept)
+            with group.clock.stage(number, self.model.device):
+                self._iterate(runner, start, number, group)
+        except torch.OutOfMemoryError:
+            if batch == 1 or not self.config.rules.stop_updates:
+                raise
+            return False
+        runner.store(state, start)
+        return True
 
     def _runner(self, state: State, start: int, number: int, batch: int) -> Runner:
         """The runner of a batch; the next stage's is begun in the background."""
@@ -246,8 +255,6 @@ class Inverter:
         shown = group.image_ids[: min(group.wanted, *group.batches)]
         reader, iteration = LossReader(runner.state), stage.start
         self.progress.stage_started(number, stage, start, min(group.batches[number], group.wanted - start))
-        if self.compile_ahead and number + 1 < len(self.stages):
-            self.buckets.ahead(runner.state, group.batches[number + 1], self.stages[number + 1].kept)
         while iteration < stage.end:
             if group.gone.is_set():
                 raise Interrupted
