@@ -8,8 +8,9 @@ recompilation, and no way back to eager. What does not compile raises.
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,9 +51,7 @@ def compile_step(step: Step, state: State, backend: str = "inductor") -> Callabl
     graph, example = trace_step(step, state), state.clone().tensors()
     compiled: Callable[..., tuple[Tensor | None, ...]]
     if backend == "inductor":
-        use_private_cache()
-        with torch.no_grad():
-            compiled = torch._inductor.standalone_compile(graph, [*example], dynamic_shapes="from_example_inputs")
+        compiled = _inductor(graph, example)
     else:
         compiled = torch.compile(graph, fullgraph=True, dynamic=False, backend=backend)
 
@@ -62,6 +61,13 @@ def compile_step(step: Step, state: State, backend: str = "inductor") -> Callabl
 
     run(state.clone())
     return run
+
+
+def _inductor(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Any]:
+    """Compile a graph for the shapes of its inputs."""
+    use_private_cache()
+    with torch.no_grad():
+        return torch._inductor.standalone_compile(graph, [*example], dynamic_shapes="from_example_inputs")
 
 
 @functools.cache
@@ -74,8 +80,8 @@ def why_not_compile(device_type: str) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            use_private_cache()
-            torch.compile(probe, fullgraph=True)(torch.ones(16, device=device_type))
+            ones = torch.ones(16, device=device_type)
+            _inductor(make_fx(probe)(ones), (ones,))(ones)
     except Exception as error:
         # whatever breaks here (no compiler, no headers, a read-only cache) means the same: this machine cannot compile
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
