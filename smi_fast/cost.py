@@ -27,13 +27,13 @@ class Cost:
     matmul_flops_per_s: float
 
 
-def memory_bytes(shape: ViTShape, batch: int, dtype: torch.dtype) -> int:
-    """Weights, optimiser state and the activations of the first, dense stage, which is the largest."""
+def memory_bytes(shape: ViTShape, batch: int, dtype: torch.dtype, kept: int | None = None) -> int:
+    """Weights, optimiser state and activations on ``kept`` patches; None for all, as in the first stage."""
     size = _outside(dtype).itemsize  # weights are there twice in fp8
     inner = shape.heads * shape.head_width
     weights = shape.depth * (4 * shape.width * inner + 2 * shape.width * shape.mlp_width)
     weights += shape.grid.patch_values * shape.width + (shape.grid.patches + shape.num_classes) * shape.width
-    tokens = shape.grid.patches + shape.prefix
+    tokens = (shape.grid.patches if kept is None else kept) + shape.prefix
     # a block keeps for its backward: two inputs, two norms, q, k, v, attention's output and weights, hidden twice
     per_token = 4 * shape.width + 4 * inner + 2 * shape.mlp_width
     activations = shape.depth * tokens * (per_token + shape.heads * tokens) * size
@@ -72,8 +72,19 @@ def _outside(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype is FP8 else dtype
 
 
-def estimate(shape: ViTShape, stages: tuple[Stage, ...], batch: int, device: torch.device, dtype: torch.dtype) -> Cost:
-    """Memory from the shapes; time from a short matrix product on the device and a typical share of its rate."""
-    rate = matmul_rate(shape, batch, device, dtype)
+def estimate(
+    shape: ViTShape, stages: tuple[Stage, ...], batches: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Cost:
+    """Memory from the shapes, of the largest stage; time from a short matrix product and a typical share of its rate.
+
+    Args:
+        shape: of the model.
+        stages: of the schedule.
+        batches: of each stage.
+        device: where the product is timed.
+        dtype: what the model computes in.
+    """
+    rate = matmul_rate(shape, max(batches), device, dtype)
     seconds = run_flops(shape, stages).true / (EFFICIENCY * rate)
-    return Cost(memory_bytes(shape, batch, dtype), seconds, rate)
+    memory = max(memory_bytes(shape, b, dtype, stage.kept) for b, stage in zip(batches, stages, strict=True))
+    return Cost(memory, seconds, rate)

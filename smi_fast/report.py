@@ -23,13 +23,16 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def build_report(inverter: Inverter, images: SparseImages, interrupted: bool = False) -> dict[str, Any]:
+def build_report(
+    inverter: Inverter, images: SparseImages, interrupted: bool = False, batch_source: str = "given"
+) -> dict[str, Any]:
     """The contents of ``report.json``; seconds are wall-clock, compilation is counted apart.
 
     Args:
         inverter: after its run.
         images: what it gave, all batches together.
         interrupted: the run was ended before all images were done.
+        batch_source: where the batch came from: "given", "default" or "tuned".
     """
     model, config, stats = inverter.model, inverter.config, inverter.stats
     flops = run_flops(model.shape, inverter.stages)
@@ -69,6 +72,7 @@ def build_report(inverter: Inverter, images: SparseImages, interrupted: bool = F
         "failed": [{"image_id": int(images.image_ids[i]), "iteration": int(images.failed_at[i])} for i in failures],
         "config": config.to_dict(),
         "batch_size": list(inverter.batches),
+        "batch_source": batch_source,
         "impl": inverter.impl,
         "kernels": "triton" if uses_kernels(model) else "torch",
         "dtype": model.precision,

@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # read once, when huggingface_hub is imported: no test waits for a network
@@ -43,3 +43,11 @@ def make_model() -> Callable[..., SparseViT]:
         return from_timm(build_vit(**options).double(), info).with_dtype(dtype)
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is read from the caches of whoever runs the tests, and nothing is left there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

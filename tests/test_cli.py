@@ -61,7 +61,7 @@ def test_report(finished: Path) -> None:
         "images", "iterations", "sparsity", "stages", "seconds_compile", "seconds_run", "seconds_per_image",
         "image_iterations_per_s", "flops", "peak_memory_bytes", "teacher_top1", "teacher_confidence", "config",
         "model", "versions", "seed", "impl", "dtype", "device", "batch_size", "failed", "interrupted",
-        "kernels", "kept_pixels",
+        "kernels", "kept_pixels", "batch_source",
     } == set(report)  # fmt: skip
     assert report["kernels"] == "torch"
     patches = take_patches(images.pixels, images.keep, images.grid)  # [B, K, 3, P, P]
@@ -71,6 +71,7 @@ def test_report(finished: Path) -> None:
         assert report["kept_pixels"]["mean"][channel] == pytest.approx(mean, rel=1e-4, abs=1e-5)
         assert report["kept_pixels"]["std"][channel] == pytest.approx(std, rel=1e-4)
     assert report["images"] == 6
+    assert (report["batch_size"], report["batch_source"]) == ([6, 6, 6], "default")
     assert report["sparsity"] == pytest.approx(1 - 30 / 64)
     assert [(s["start"], s["end"], s["kept"], s["tokens"]) for s in report["stages"]] == [
         (0, 2, 64, 65), (2, 4, 44, 45), (4, 6, 30, 31),
@@ -133,8 +134,13 @@ def test_overwrite(finished: Path, tmp_path: Path) -> None:
         (["--dtype", "fp8", "--device", "cpu"], "--dtype 'fp8': device 'cpu' has no fp8 units; use --dtype bf16"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "gpu"], "gpu"),
-        (["--impl", "fast"], "impl='fast'"),
-        (["--batch-size", "0"], "--batch-size 0"),
+        (["--impl", "fast"], "--impl 'fast'"),
+        (["--batch-size", "0"], "--batch-size '0': must be 'auto', a number of at least 1"),
+        (["--batch-size", "many"], "--batch-size 'many': must be 'auto'"),
+        (["--batch-size", "4,"], "--batch-size '4,': must be 'auto'"),
+        (["--batch-size", "2,4"], "--batch-size '2,4': 2 numbers for 3 stages"),
+        (["--batch-size", "2,3,4"], "--batch-size '2,3,4': each must divide the largest, 4; 3 does not"),
+        (["--batch-size", "2,2,4", "--preset", "reference"], "--batch-size '2,2,4': preset 'reference' ties"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -50,9 +50,14 @@ def test_anchors_of_deit_base() -> None:
 def test_estimates() -> None:
     stages = plan_stages(196, PAPER_STOPS, 4000)
     small = ViTShape(Grid(32, 32, 4), 192, 6, 3, 64, 768, 1, 1, 10)
-    cost = estimate(small, plan_stages(64, (), 10), 4, torch.device("cpu"), torch.float32)
+    cost = estimate(small, plan_stages(64, (), 10), (4,), torch.device("cpu"), torch.float32)
     assert cost.seconds_per_image > 0
     assert cost.matmul_flops_per_s > 1e8
     assert stages[-1].kept == 46
     one, many = (memory_bytes(DEIT_BASE, batch, torch.bfloat16) for batch in (1, 128))
     assert 2 * 86e6 < one < many < 40e9
+    assert memory_bytes(DEIT_BASE, 128, torch.bfloat16, 196) == many
+    assert memory_bytes(DEIT_BASE, 128, torch.bfloat16, 46) < many
+    pruned = plan_stages(64, ((5, 0.5),), 10)
+    pair = estimate(small, pruned, (4, 64), torch.device("cpu"), torch.float32)
+    assert pair.memory_bytes == memory_bytes(small, 64, torch.float32, 32)

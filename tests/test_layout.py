@@ -18,7 +18,7 @@ LAYERS = (
     ("flops", "priors"),
     ("images",),
     ("engine",),
-    ("cost", "report"),
+    ("cost", "report", "tune", "tune_attention", "tuned"),
     ("cli", "__init__", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

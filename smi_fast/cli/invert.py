@@ -7,18 +7,22 @@ import typer
 from rich.console import Console
 
 from smi_fast.cli import options as o
+from smi_fast.cli.batches import parse_batch_size, tuned_or_default, usable_impl
 from smi_fast.cli.outputs import PREVIEW, check_folder, make_folder, write_run
 from smi_fast.cli.progress import BarProgress
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Inverter, Snapshots
-from smi_fast.engine.batches import even_batches, stage_batches
+from smi_fast.engine.batches import even_batches
 from smi_fast.engine.snapshots import default_iterations
 from smi_fast.flops import iteration_flops
 from smi_fast.images import SparseImages
 from smi_fast.labels import parse_labels
 from smi_fast.model import load_model
+from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.report import build_report
-from smi_fast.schedule import sparsity
+from smi_fast.schedule import plan_stages, sparsity
+from smi_fast.tune_attention import apply_attention
+from smi_fast.tuned import key_of
 
 
 def invert(
@@ -38,15 +42,15 @@ def invert(
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 0.25,
     lr_schedule: Annotated[str, typer.Option(help="constant or cosine.")] = "constant",
     seed: Annotated[int, typer.Option(help="Same seed, same images.")] = 0,
-    batch_size: o.BatchSize = 64,
+    batch_size: o.BatchSize = "auto",
     dtype: o.DType = "auto",
     device: o.Device = "auto",
-    impl: Annotated[str, typer.Option(help="compiled or eager.")] = "compiled",
+    impl: o.Impl = "compiled",
     checkpoint: o.Checkpoint = None,
     pretrained: o.Pretrained = None,
     image_size: o.ImageSize = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Synthesise images of the given labels, and write them with previews and a report."""
     config = InversionConfig(
@@ -64,8 +68,8 @@ def invert(
     )
     if count < 1:
         raise ValueError(f"--count {count}: must be at least 1")
-    if batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size}: must be at least 1")
+    given = parse_batch_size(batch_size, config)
+    o.check_impl(impl)
     check_folder(out, overwrite)
     where = o.parse_device(device)
     vit = load_model(
@@ -78,24 +82,35 @@ def invert(
     )
     targets = parse_labels(labels, vit.info, vit.shape.num_classes) * count
     snapshots = Snapshots(vit, default_iterations(config))
+    console = Console(stderr=True, quiet=quiet)
+    batches, source = (given, "given") if given else use_tuned(vit, config, impl, console)
     inverter = Inverter(
         vit,
         config,
-        batch_size=even_batches(len(targets), stage_batches(batch_size, len(config.stops) + 1, True)),
+        batch_size=even_batches(len(targets), batches),
         impl=impl,  # type: ignore[arg-type]
         snapshots=snapshots,
     )
     make_folder(out)
-    console = Console(stderr=True, quiet=quiet)
     images, interrupted = run(inverter, targets, console)
     if images is None:
         raise typer.Exit(130)  # as a shell reports an interrupt
-    report = build_report(inverter, images, interrupted)
+    report = build_report(inverter, images, interrupted, source)
     write_run(out, images, snapshots.process(), report)
     summary = f"teacher top-1 {images.top1:.3f}, sparsity {sparsity(inverter.stages, vit.grid.patches):.2f}"
     typer.echo(f"{len(images)} images, {summary}, {report['seconds_per_image']:.2f} s an image: {out / PREVIEW}")
     if interrupted:
         raise typer.Exit(130)
+
+
+def use_tuned(model: SparseViT, config: InversionConfig, impl: str, console: Console) -> tuple[tuple[int, ...], str]:
+    """Where no batch was given: the batch of each stage, and where it came from; the model takes tuned choices over."""
+    stages = plan_stages(model.grid.patches, config.stops, config.iterations)
+    key = key_of(model.shape, stages, model.device, model.precision, usable_impl(impl, model.device))
+    batches, tuned = tuned_or_default(key, config, lambda line: console.print(line, soft_wrap=True, highlight=False))
+    if tuned is not None:
+        apply_attention(model, tuned.attention)
+    return batches, "default" if tuned is None else "tuned"
 
 
 def run(inverter: Inverter, targets: list[int], console: Console) -> tuple[SparseImages | None, bool]:

@@ -27,7 +27,15 @@ Stops = Annotated[
     ),
 ]
 Dense = Annotated[bool, typer.Option("--dense", help="No stops: every patch is inverted to the end.")]
-BatchSize = Annotated[int, typer.Option(help="Images in work at a time.")]
+BatchSize = Annotated[
+    str,
+    typer.Option(
+        help="Images in work at a time: a number, one for each stage (each divides the largest, commas between), or "
+        "'auto': as `smi-fast tune` chose, else 64."
+    ),
+]
+Impl = Annotated[str, typer.Option(help="compiled or eager.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")]
 DType = Annotated[
     str,
     typer.Option(
@@ -38,6 +46,12 @@ DType = Annotated[
 Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda' or 'cuda:N'.")]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": FP8}
+
+
+def check_impl(impl: str) -> None:
+    """Raises ``ValueError`` for another name than the two."""
+    if impl not in ("compiled", "eager"):
+        raise ValueError(f"--impl {impl!r}: must be compiled or eager")
 
 
 def parse_device(text: str) -> torch.device:
