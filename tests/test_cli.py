@@ -183,12 +183,21 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     for expected in ("196", "137", "95", "66", "46", "300..3999", "0.765", "GiB", "an image"):
         assert expected in printed
     run("plan", "--images", "0", code=2)
+    small = ("--iterations", "9", "--stop", "5:0.5", "--images", "48")
+    run("plan", *small, "--batch-size", "12,24")
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert [row[5].strip() for row in rows] == ["12", "24"]
+    run("plan", *small, "--batch-size", "5,24", code=2)
+    assert "--batch-size '5,24': each must divide the largest, 24; 5 does not" in capsys.readouterr().err
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     run("doctor")
     printed = capsys.readouterr().out
-    for expected in ("torch", torch.__version__.partition("+")[0], "kernels", "fp8", "compile cache"):
+    version = torch.__version__.partition("+")[0]
+    works = ("kernels", "fp8", "CUDA graphs", "compile cache")
+    for expected in ("torch", version, *works, "graphs, ", "0 schedules on this device"):
         assert expected in printed
 
 
