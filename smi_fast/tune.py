@@ -102,8 +102,8 @@ class StageTimes:
             return self.seconds[near] * self._waves(batch) / self._waves(near)
         above = next(size for size in known if size >= batch)
         below = max((size for size in known if size <= batch), default=0)
-        if below in (0, above):  # below the smallest, an image costs what it costs there
-            return self.seconds[above] * batch / above
+        if below in (0, above):  # below the smallest nothing is known, so nothing is promised
+            return self.seconds[above]
         share = (batch - below) / (above - below)
         return (1 - share) * self.seconds[below] + share * self.seconds[above]
 
@@ -195,9 +195,7 @@ def _time_stage(recipe: Recipe, kept: int, batches: list[int], rounds: int, say:
             say(f"out of device memory with {kept} patches at batch {batch}: left out")
             buckets.drop(Bucket(batch, kept))
     if not ready:
-        raise MemoryError(
-            f"out of device memory with {kept} patches at batch {min(batches)}; nothing smaller was tried"
-        )
+        raise MemoryError(f"out of device memory with {kept} patches at a batch of {min(batches)}, the smallest tried")
     timed: dict[int, list[float]] = {batch: [] for batch in sorted(ready)}
     for _ in range(rounds):
         for batch, each in timed.items():

@@ -87,6 +87,7 @@ def save(tuned: Tuned) -> Path:
     path = tuned_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with _turn(path):
+        all_tuned()  # nothing is added to a file that could not be read again
         content = _read(path)
         entry, entries = _to_entry(tuned), content["entries"]
         place = next((i for i, old in enumerate(entries) if old.get("key") == entry["key"]), len(entries))

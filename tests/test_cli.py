@@ -252,6 +252,7 @@ def test_interrupt_keeps_finished_batches(tmp_path: Path) -> None:
     assert f"{len(images)} images" in output
     report = json.loads((out / "report.json").read_text())
     assert report["interrupted"]
+    assert report["batch_source"] == "given"
     assert report["images"] == len(images)
 
 

@@ -17,6 +17,7 @@ import smi_fast.tune as tune_module
 import smi_fast.tune_attention as attention_module
 from smi_fast import SparseImages
 from smi_fast.cli import main
+from smi_fast.cli.batches import tuned_or_default
 from smi_fast.config import InversionConfig
 from smi_fast.engine.runner import Runner
 from smi_fast.kernels.grid import Grid
@@ -69,7 +70,7 @@ def test_candidates_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_times_between_the_measured() -> None:
     cpu = StageTimes(10, 47, 0, {4: 1.0, 8: 3.0})
-    assert [cpu.at(batch) for batch in (1, 4, 6, 8)] == [0.25, 1.0, 2.0, 3.0]
+    assert [cpu.at(batch) for batch in (1, 4, 6, 8)] == [1.0, 1.0, 2.0, 3.0]
     cuda = StageTimes(10, 47, 5632, {119: 1.0, 239: 1.5})
     assert [cuda.at(batch) for batch in (1, 119, 120, 178, 238, 239)] == [1.0, 1.0, 2.0, 2.0, 1.5, 1.5]
     assert cuda.cost(239) == 10 * 1.5 / 239
@@ -154,18 +155,27 @@ def test_unknown_keys_are_kept() -> None:
         b'{"format": "smi_fast.tuned.v1", "entries": [{}]}',
     ],
 )
-def test_a_broken_file_is_refused_and_not_lost(content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_file_is_refused_and_not_lost(content: bytes) -> None:
     path = tuned_path()
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not a whole") as refused:
         lookup(some_tuned().key)
     assert str(path) in str(refused.value)
+    with pytest.raises(ValueError, match="not a whole"):
+        save(some_tuned())
+    assert path.read_bytes() == content
+
+
+def test_commands_meet_a_broken_file(capsys: pytest.CaptureFixture[str]) -> None:
+    path = tuned_path()
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
     run("tune", *SCHEDULE, code=2)
     assert str(path) in capsys.readouterr().err
     run("plan", *SCHEDULE[:6])
     assert "batch size 64, since what was tuned cannot be read" in capsys.readouterr().out
-    assert path.read_bytes() == content
+    assert path.read_text() == "{"
 
 
 def test_writers_take_turns() -> None:
@@ -281,11 +291,15 @@ def test_tuned_batches_are_used(
     assert len(SparseImages.load(tmp_path / "out" / "images.safetensors")) == 4
     run("plan", *SCHEDULE, "--images", "4")
     assert "batch size 1, 2: tuned on this machine" in capsys.readouterr().out
-    given = ["--labels", "0", "--batch-size", "1", "--quiet"]
-    run("invert", *SCHEDULE, *given, "--out", str(tmp_path / "given"))
-    assert json.loads((tmp_path / "given" / "report.json").read_text())["batch_source"] == "given"
-    run("invert", *SCHEDULE, "--preset", "reference", "--labels", "0", "--out", str(tmp_path / "reference"))
-    assert json.loads((tmp_path / "reference" / "report.json").read_text())["batch_source"] == "default"
+
+
+def test_a_preset_that_ties_batch_mates_takes_no_tuned_batch() -> None:
+    tuned, told = some_tuned(), list[str]()
+    save(tuned)
+    assert tuned_or_default(tuned.key, CONFIG, told.append) == ((4, 8), tuned)
+    assert tuned_or_default(tuned.key, replace(CONFIG, preset="reference"), told.append) == ((64, 64), None)
+    assert tuned_or_default(some_tuned("other").key, CONFIG, told.append) == ((64, 64), None)
+    assert told == ["batch size 4, 8: tuned on this machine"]
 
 
 @pytest.mark.parametrize(

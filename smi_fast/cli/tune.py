@@ -54,9 +54,7 @@ def tune(
     tuned = measure(vit, config, impl=usable, most=most, rounds=rounds, say=console.print)
     Console().print(_table(tuned, f"{model}, {tuned.key.precision}, {tuned.key.impl}, {device_name(where)}"))
     typer.echo(f"chosen: {', '.join(map(str, tuned.batches))}")
-    typer.echo(
-        f"predicted: {tuned.gain:.2f} times as fast as a batch of {DEFAULT_BATCH} (or the largest measured below)"
-    )
+    typer.echo(f"predicted: {tuned.gain:.2f} times as fast as a batch of {DEFAULT_BATCH}, or the largest below it")
     for tokens, name in tuned.attention.items():
         typer.echo(f"attention of {tokens} tokens: {name}")
     typer.echo(f"kept in {save(tuned)}")
