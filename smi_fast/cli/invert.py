@@ -49,6 +49,9 @@ def invert(
     checkpoint: o.Checkpoint = None,
     pretrained: o.Pretrained = None,
     image_size: o.ImageSize = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Same seed, device and versions: same bytes. Slower on a GPU.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")] = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -90,6 +93,7 @@ def invert(
         batch_size=even_batches(len(targets), batches),
         impl=impl,  # type: ignore[arg-type]
         snapshots=snapshots,
+        deterministic=deterministic,
     )
     make_folder(out)
     images, interrupted = run(inverter, targets, console)
