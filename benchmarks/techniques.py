@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baseline import InversionLoop, PublishedLoop, TunedLoop
-from benchmarks.common import DTYPES, MEAN, STD, build_vit, demo_vit, fixed_keep, state_at, synchronize, timed
+from benchmarks.common import DTYPES, MEAN, STD, build_vit, demo_vit, fixed_keep, state_at, synchronize
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Inverter
 from smi_fast.engine.buckets import Buckets, Recipe
@@ -25,7 +25,6 @@ from smi_fast.engine.step import build_step
 from smi_fast.flops import iteration_flops
 from smi_fast.kernels.dispatch import KERNELS_VARIABLE
 from smi_fast.model import load_model
-from smi_fast.model.attention import attention
 from smi_fast.model.fold import fold
 from smi_fast.model.fp8 import to_fp8, why_not_fp8
 from smi_fast.model.from_timm import from_timm
@@ -33,9 +32,9 @@ from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.model.spec import ModelInfo
 from smi_fast.priors import priors_of
 from smi_fast.schedule import Stage
+from smi_fast.tune_attention import tune_attention
 
 LIMITS = {"fp32": 1e-3, "bf16": 0.1, "fp8": 0.3}  # relative error of the gradient
-CHOICES = ("flash", "efficient", "math", "tile", "plain")
 
 
 @dataclass(frozen=True)
@@ -102,30 +101,6 @@ def prepare(model: SparseViT, technique: Technique) -> SparseViT:
     return model
 
 
-def choose_attention(model: SparseViT, batches: Sequence[int], stages: Sequence[Stage]) -> None:
-    """Time each choice at each stage, forward and backward, and take the fastest."""
-    shape, device = model.shape, str(model.device)
-    for batch, stage in zip(batches, stages, strict=True):
-        tokens = stage.kept + shape.prefix
-        packed = torch.randn(batch, tokens, 3, shape.heads, shape.head_width, device=device, dtype=model.dtype)
-        leaves = [part.requires_grad_() for part in packed.permute(2, 0, 3, 1, 4).unbind(0)]
-        seconds: dict[str, float] = {}
-        for name in CHOICES:
-            try:
-                model.choose_attention(tokens, name)
-            except ValueError:
-                continue  # cannot run here
-
-            def both(name: str = name, leaves: list[Tensor] = leaves) -> None:
-                out = attention(*leaves, choice=name)
-                torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-            for _ in range(3):
-                both()
-            seconds[name] = min(timed(both, device) for _ in range(10))
-        model.choose_attention(tokens, min(seconds, key=lambda name: seconds[name]))
-
-
 class Bench:
     """What a row runs, at each stage; used in a process of its own."""
 
@@ -166,9 +141,10 @@ class Bench:
         """The engine's runners, as the inverter uses them."""
         technique, config = self.technique, InversionConfig()
         self.model = prepare(copy.deepcopy(self.truth), technique)
-        if technique.measured_attention and self.device != "cpu":
+        if technique.measured_attention:
+            tokens = [stage.kept + self.shape.prefix for stage in self.stages]
             with torch.enable_grad():
-                choose_attention(self.model, self.batches, self.stages)
+                tune_attention(self.model, dict(zip(tokens, self.batches, strict=True)), 5, print)
         recipe = Recipe(self.model, config, priors_of(config), technique.compiled, technique.graphs)
         buckets = Buckets(recipe)
         self.runners: list[Runner] = []

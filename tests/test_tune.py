@@ -251,14 +251,20 @@ def test_attention_is_chosen_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = attention_module.tune_attention(model, {197: 2, 47: 8, 13: 8}, 2, lambda line: None)
     assert chosen == {197: "efficient", 47: "tile"}
     assert model.attention_choices == {197: "efficient", 47: "tile", 13: "math"}
-    assert [name for tokens, _, name in calls if tokens == 47] == [*attention_module.CHOICES] * 3, "they take turns"
+    assert [name for tokens, _, name in calls if tokens == 47] == [*attention_module.NAMES] * 3, "they take turns"
     assert {tokens for tokens, *_ in calls} == {197, 47}, "a choice that was made stands"
 
 
 def test_no_attention_is_chosen_on_a_cpu(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_module, "attention_seconds", None)
     assert attention_module.tune_attention(make_model(), {13: 4}, 1, print) == {}
-    attention_module.apply_attention(make_model(), {13: "flash"})  # a model that knows no choices is left alone
+
+
+def test_choices_are_applied_where_none_was_made(make_model: MakeModel) -> None:
+    model = make_model()
+    model.choose_attention(9, "math")
+    attention_module.apply_attention(model, {13: "plain", 9: "plain"})
+    assert model.attention_choices == {9: "math", 13: "plain"}
 
 
 def run(*arguments: str, code: int = 0) -> None:
