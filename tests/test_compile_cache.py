@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from smi_fast.engine.compile_cache import VARIABLE, cache_home, use_private_cache
 from smi_fast.engine.compiler import why_not_compile
@@ -38,8 +39,13 @@ def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE)
 
 
-def test_the_folder_is_private_and_named_after_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("imported", [False, True])
+def test_the_folder_is_private_and_named_after_the_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imported: bool
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if imported:  # inductor, which puts its default there
+        monkeypatch.setenv(VARIABLE, default_cache_dir())
     folder = use_private_cache()
     assert folder == cache_home() / f"inductor-{torch.__version__}" == tmp_path / "smi_fast" / folder.name
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -75,6 +81,7 @@ def test_a_second_process_finds_the_graph(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
         runs.append(json.loads(done.stdout.splitlines()[-1]))
     first, second = runs
+    assert list(tmp_path.glob("smi_fast/inductor-*/fxgraph/*"))
     assert first["fxgraph_cache_miss"] == 1
     assert second["fxgraph_cache_hit"] == 1
     assert "fxgraph_cache_miss" not in second

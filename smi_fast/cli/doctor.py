@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from smi_fast.engine.compile_cache import VARIABLE, use_private_cache
+from smi_fast.engine.compile_cache import VARIABLE, use_private_cache, user_chose
 from smi_fast.engine.compiler import why_not_compile
 from smi_fast.kernels.dispatch import KERNELS_VARIABLE, why_not_triton
 from smi_fast.model.fp8 import why_not_fp8
@@ -62,7 +62,7 @@ def _cuda_graphs(device: torch.device) -> str:
 
 def _compile_cache() -> str:
     """Where graphs are kept, whose folder that is, and what lies there."""
-    chosen, private = VARIABLE in os.environ, use_private_cache()
+    chosen, private = user_chose(), use_private_cache()
     folder = Path(cache_dir())
     whose = f"set by {VARIABLE}" if chosen else "private" if private else "PyTorch's default, the home cache is closed"
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
