@@ -57,6 +57,7 @@ def test_each_stage_runs_on_its_own_batch(make_model: MakeModel) -> None:
 
     inverter = Inverter(make_model(), CONFIG, batch_size=(2, 4, 8), impl="eager", progress=Watch())
     inverter([0, 1, 2, 3, 4, 0, 1, 2, 3])
+    assert inverter.stats.seconds_compile == 0, "nothing is compiled"
     assert inverter.buckets.met == {Bucket(2, 12), Bucket(4, 8), Bucket(8, 4)}
     first = [(0, 0, 2), (0, 2, 2), (0, 4, 2), (0, 6, 2), (1, 0, 4), (1, 4, 4), (2, 0, 8)]
     assert seen == [*first, (0, 0, 1), (1, 0, 1), (2, 0, 1)], "batches that only fill up are left out"

@@ -79,7 +79,8 @@ class Buckets:
             step = self._compile(example) if ahead is None else ahead.result()
             with self._building:
                 self._runners[bucket] = Runner(step, example, self._memory)
-            self.seconds_compile += time.perf_counter() - begin
+            if self.recipe.compiled:
+                self.seconds_compile += time.perf_counter() - begin
         return self._runners[bucket]
 
     def ahead(self, state: State, batch: int, kept: int) -> None:
