@@ -64,7 +64,7 @@ class Inverter:
         progress: told of the work as it goes on.
         snapshots: collects canvases of the first batch on the way, see `Snapshots`.
         cuda_graphs: on CUDA, launch many iterations at once as a captured graph; priors must be fit for it.
-        compile_ahead: compile the next stage's bucket while a stage runs; None: on CUDA, where the host is idle.
+        compile_ahead: compile the next stage's bucket in a thread while a stage runs; worth it where the host is idle.
         deterministic: the same seed, device and versions give the same bytes. On CUDA this turns on
             ``torch.use_deterministic_algorithms`` while the engine works, which some operations pay for; elsewhere it
             is so anyway.
@@ -88,7 +88,7 @@ class Inverter:
         progress: Progress | None = None,
         snapshots: Snapshots | None = None,
         cuda_graphs: bool = True,
-        compile_ahead: bool | None = None,
+        compile_ahead: bool = False,
         deterministic: bool = False,
     ) -> None:
         if impl not in ("eager", "compiled"):
@@ -102,8 +102,7 @@ class Inverter:
         self.deterministic = deterministic
         self.stats = Stats(stage_seconds=[0.0] * len(self.stages))
         self.impl: Impl = self._usable(impl)
-        on_cuda = model.device.type == "cuda"
-        self.compile_ahead = on_cuda if compile_ahead is None else compile_ahead
+        self.compile_ahead = compile_ahead
         self.buckets = Buckets(Recipe(model, config, self.priors, self.impl == "compiled", cuda_graphs))
 
     def _usable(self, impl: Impl) -> Impl:
@@ -237,7 +236,7 @@ class Inverter:
         return True
 
     def _runner(self, state: State, start: int, number: int, batch: int) -> Runner:
-        """The runner of a batch; the next stage's is begun in the background."""
+        """The runner of a batch."""
         bucket = Bucket(batch, state.keep.shape[1])
         waits = self.impl == "compiled" and not self.buckets.has(bucket)
         begin = time.perf_counter()
