@@ -32,7 +32,7 @@ def tiny(name: str, device: str, dtype: torch.dtype, image: int) -> SparseViT:
     return from_timm(vit, ModelInfo(name, "", common.MEAN, common.STD)).with_dtype(dtype)
 
 
-def make_rows(monkeypatch: pytest.MonkeyPatch, axes: tuple[str, ...], seconds: float = 60) -> list[dict[str, Any]]:
+def make_rows(monkeypatch: pytest.MonkeyPatch, axes: tuple[str, ...], seconds: float = 600) -> list[dict[str, Any]]:
     monkeypatch.setitem(scaling.BATCHES, "cpu", (1, 2, 3))
     monkeypatch.setattr(scaling, "IMAGES", (64, 96))
     monkeypatch.setattr(scaling, "MOST_ROUNDS", 3)
