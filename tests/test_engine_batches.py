@@ -1,6 +1,5 @@
 """Batches of each stage, runners and captures: how the work is cut up changes no image."""
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,13 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import smi_fast.engine.buckets as buckets_module
-import smi_fast.engine.inverter as inverter_module
 import smi_fast.engine.runner as runner_module
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Bucket, Inverter, Progress
 from smi_fast.engine.batches import even_batches, halved, lowered
-from smi_fast.engine.compiler import trace_step, why_not_compile
+from smi_fast.engine.compiler import why_not_compile
 from smi_fast.engine.graphs import UNROLLED
 from smi_fast.engine.rows import load_rows, store_rows, take_rows
 from smi_fast.engine.runner import Runner
@@ -261,31 +258,6 @@ def test_nothing_between_start_and_end_waits(make_model: MakeModel, preset: Any)
         step(state)
     with pytest.raises(AssertionError, match="makes the host wait"), NoHost():
         float(state.losses.sum())
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Trace without compiling; the names of the threads that did."""
-    threads: list[str] = []
-
-    def trace(step: Any, state: State) -> Callable[[State], None]:
-        threads.append(threading.current_thread().name)
-        graph = trace_step(step, state)
-        return lambda state: step.finish(state, graph(*state.tensors()))
-
-    monkeypatch.setattr(inverter_module, "why_not_compile", lambda device: None)
-    monkeypatch.setattr(buckets_module, "compile_step", trace)
-    return threads
-
-
-def test_compiling_ahead(make_model: MakeModel, traced: list[str]) -> None:
-    model = make_model()
-    inverter = Inverter(model, CONFIG, batch_size=(1, 2, 4), impl="compiled", compile_ahead=True)
-    images = inverter(LABELS)
-    assert len(traced) == 3, "each bucket once"
-    assert sum(name.startswith("smi_fast_compile") for name in traced) == 2
-    assert_same(images, invert(model, batch_size=2))
-    assert not [t for t in threading.enumerate() if t.name.startswith("smi_fast")]
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -1,9 +1,7 @@
-"""`Buckets`: the runner of each bucket, built when it is met first, or ahead of time in the background."""
+"""`Buckets`: the runner of each bucket, built when it is met first."""
 
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +11,7 @@ from smi_fast.config import InversionConfig
 from smi_fast.engine.compiler import compile_step
 from smi_fast.engine.rows import take_rows
 from smi_fast.engine.runner import Runner
-from smi_fast.engine.state import State, stop_patches
+from smi_fast.engine.state import State
 from smi_fast.engine.step import build_step
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.priors import Prior
@@ -40,18 +38,12 @@ class Recipe:
 
 
 class Buckets:
-    """Builds and keeps the runners.
-
-    One compilation runs at a time, and none while a graph is captured. A bucket that is being compiled in the
-    background is waited for when it is met.
-    """
+    """Builds and keeps the runners."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.seconds_compile = 0.0  # time that somebody waited for
         self._runners: dict[Bucket, Runner] = {}
-        self._ahead: dict[Bucket, Future[Function]] = {}
-        self._building = threading.Lock()
         captures = recipe.graphs and recipe.model.device.type == "cuda"
         self._memory = torch.cuda.graph_pool_handle() if captures else None
 
@@ -75,23 +67,10 @@ class Buckets:
         if bucket not in self._runners:
             begin = time.perf_counter()
             example = take_rows(state, start, batch)
-            ahead = self._ahead.pop(bucket, None)
-            step = self._compile(example) if ahead is None else ahead.result()
-            with self._building:
-                self._runners[bucket] = Runner(step, example, self._memory)
+            self._runners[bucket] = Runner(self._compile(example), example, self._memory)
             if self.recipe.compiled:
                 self.seconds_compile += time.perf_counter() - begin
         return self._runners[bucket]
-
-    def ahead(self, state: State, batch: int, kept: int) -> None:
-        """Compile the bucket of ``batch`` images and ``kept`` patches in the background, while ``state`` is in work."""
-        bucket = Bucket(batch, kept)
-        if not self.recipe.compiled or bucket in self._runners or bucket in self._ahead:
-            return
-        following = stop_patches(take_rows(state, 0, batch), kept, self.recipe.config.rules.stop_updates)
-        thread = ThreadPoolExecutor(1, thread_name_prefix="smi_fast_compile")
-        self._ahead[bucket] = thread.submit(self._compile, following)
-        thread.shutdown(wait=False)  # it ends with its work
 
     def drop(self, bucket: Bucket) -> None:
         """Forget a bucket and the memory it holds."""
@@ -105,5 +84,4 @@ class Buckets:
         built = build_step(recipe.model, recipe.config, recipe.priors)
         if not recipe.compiled:
             return torch.no_grad()(built)
-        with self._building:
-            return compile_step(built, example)
+        return compile_step(built, example)

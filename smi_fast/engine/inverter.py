@@ -64,7 +64,6 @@ class Inverter:
         progress: told of the work as it goes on.
         snapshots: collects canvases of the first batch on the way, see `Snapshots`.
         cuda_graphs: on CUDA, launch many iterations at once as a captured graph; priors must be fit for it.
-        compile_ahead: compile the next stage's bucket in a thread while a stage runs; worth it where the host is idle.
         deterministic: the same seed, device and versions give the same bytes. On CUDA this turns on
             ``torch.use_deterministic_algorithms`` while the engine works, which some operations pay for; elsewhere it
             is so anyway.
@@ -88,7 +87,6 @@ class Inverter:
         progress: Progress | None = None,
         snapshots: Snapshots | None = None,
         cuda_graphs: bool = True,
-        compile_ahead: bool = False,
         deterministic: bool = False,
     ) -> None:
         if impl not in ("eager", "compiled"):
@@ -102,7 +100,6 @@ class Inverter:
         self.deterministic = deterministic
         self.stats = Stats(stage_seconds=[0.0] * len(self.stages))
         self.impl: Impl = self._usable(impl)
-        self.compile_ahead = compile_ahead
         self.buckets = Buckets(Recipe(model, config, self.priors, self.impl == "compiled", cuda_graphs))
 
     def _usable(self, impl: Impl) -> Impl:
@@ -224,8 +221,6 @@ class Inverter:
         try:
             runner = self._runner(state, start, number, batch)
             runner.load(state, start)
-            if self.compile_ahead and number + 1 < len(self.stages):
-                self.buckets.ahead(state, group.batches[number + 1], self.stages[number + 1].kept)
             with group.clock.stage(number, self.model.device):
                 self._iterate(runner, start, number, group)
         except torch.OutOfMemoryError:
