@@ -62,7 +62,7 @@ run_speed() {
 
 run_more() {
     part 240 scaling "$PYTHON" -m benchmarks.scaling --device cuda --seconds 190 --out "$OUT/scaling-cuda.csv"
-    part 200 quality "$PYTHON" -m benchmarks.equal_quality --device cuda --out "$OUT/equal-quality-cuda.csv"
+    part 180 quality "$PYTHON" -m benchmarks.equal_quality --device cuda --out "$OUT/equal-quality-cuda.csv"
     part 130 tiny "$PYTHON" -m benchmarks.waterfall --device cuda --model deit_tiny_patch16_224 --batch 256 --rounds 5 \
         --steps 20 --quality-iterations 20 --rows "tuned eager" "+ CUDA graphs" \
         --out "$OUT/waterfall-cuda-deit_tiny_patch16_224-b256.csv"

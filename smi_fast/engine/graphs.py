@@ -40,7 +40,7 @@ def capture(step: Callable[[State], None], state: State, pool: Any) -> Callable[
             state.iteration.zero_()
     torch.cuda.current_stream(canvas.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # other threads (a consumer of finished images, a compilation) may go on allocating meanwhile
+    # a consumer of finished images may go on allocating in its own thread meanwhile
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         for _ in range(UNROLLED):
             step(state)
