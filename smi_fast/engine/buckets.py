@@ -42,7 +42,7 @@ class Buckets:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.seconds_compile = 0.0  # time that somebody waited for
+        self.seconds_compile = 0.0  # tracing, compiling, and the first run or capture
         self._runners: dict[Bucket, Runner] = {}
         captures = recipe.graphs and recipe.model.device.type == "cuda"
         self._memory = torch.cuda.graph_pool_handle() if captures else None
