@@ -17,11 +17,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cifar10 import CLASSES, MEAN, STD, load_cifar10, normalise
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
+from smi_fast.datasets.cifar10 import CLASSES, MEAN, STD, load_cifar10
+
 BATCH = 256
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[n, 3, H, W]`` to float32 in CIFAR-10's normalised colour space."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (pixels.float() / 255 - mean) / std
 
 
 def build_model(depth: int, width: int) -> VisionTransformer:
