@@ -19,7 +19,7 @@ LAYERS = (
     ("images",),
     ("engine",),
     ("cost", "report", "tune", "tune_attention", "tuned"),
-    ("datasets",),
+    ("datasets", "quantize", "distill"),
     ("cli", "__init__", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
