@@ -209,14 +209,22 @@ class SparseViT(nn.Module):
             ValueError: a shape or dtype that does not fit the model, or ids that are none of its patches or do not
                 ascend (they are read, so the call waits for the device).
         """
+        windows, keep = self.cut(pixels, keep)
+        output = self.forward_patches(windows, keep)
+        return output.logits, output.cls_scores
+
+    def cut(self, pixels: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The kept patches ``[B, K, 3 * P * P]`` in the compute dtype, and their ids ``[B, K]``, all where None.
+
+        Raises:
+            ValueError: as `forward`.
+        """
         self._check(pixels, keep)
         batch = pixels.shape[0]
         if keep is None:
             keep = torch.arange(self.grid.patches, device=pixels.device).expand(batch, -1)
         still = torch.zeros(batch, 2, dtype=torch.int64, device=pixels.device)
-        windows = patch_gather(pixels, keep, still, still[:, 0].bool(), self.grid.patch, self.dtype)
-        output = self.forward_patches(windows, keep)
-        return output.logits, output.cls_scores
+        return patch_gather(pixels, keep, still, still[:, 0].bool(), self.grid.patch, self.dtype), keep
 
     def forward_patches(self, windows: Tensor, cells: Tensor) -> ViTOutput:
         """The forward on patches that are already cut out.
