@@ -4,7 +4,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 __version__ = "0.1.0"
-PACKAGES = ("torch", "triton", "timm", "numpy", "safetensors")
+PACKAGES = ("torch", "triton", "torchao", "timm", "numpy", "safetensors")
 
 
 def versions() -> dict[str, str]:
@@ -13,6 +13,6 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # triton, off Linux
+        except PackageNotFoundError:  # triton, off Linux; torchao, an extra
             continue
     return found

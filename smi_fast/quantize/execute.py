@@ -107,8 +107,7 @@ def save_low_bit(path: str | Path, model: LowBitViT, overwrite: bool = False) ->
 def low_bit_bytes(model: LowBitViT) -> bytes:
     """The file of `save_low_bit`."""
     info = model.model.info
-    found = versions() | {"torchao": _torchao().__version__}
-    facts = {"mode": model.mode, "model": {"name": info.name, "sha256": info.sha256}, "versions": found}
+    facts = {"mode": model.mode, "model": {"name": info.name, "sha256": info.sha256}, "versions": versions()}
     return _file(_parts(model.model), facts)
 
 

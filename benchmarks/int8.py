@@ -1,0 +1,148 @@
+"""Real low-bit execution beside float32: one forward of a batch, eager and compiled, and what it costs in accuracy.
+
+    python -m benchmarks.int8
+    python -m benchmarks.int8 --device cuda
+
+All systems live in one process and take turns for a number of rounds. Before anything is timed, the logits of each are
+held against the eager float32 model's. Dynamic and static int8 and, on devices that have it, fp8 run through torchao;
+nothing here is simulated.
+"""
+
+import argparse
+import copy
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import RESULTS, about, build_model, device_argument, model_name, positive, write_csv
+from smi_fast.model import load_model
+from smi_fast.model.sparse_vit import SparseViT
+from smi_fast.quantize.execute import MODES, LowBitViT, float32_bytes, low_bit_bytes, to_low_bit, why_not_real
+from smi_fast.quantize.forward import forward_sites
+from smi_fast.quantize.measure import Forward, compiled, quantiles, signal_to_noise, take_turns
+from smi_fast.versions import versions
+
+MODELS = ("demo", "deit_tiny_patch16_224")
+# of logits, in decibels: an error of a tenth; 8 bits on images like the calibration's leave less
+LEAST_SQNR = 20.0
+
+
+def load(name: str, device: str) -> SparseViT:
+    """The bundled teacher, or a model of timm's geometry with random weights."""
+    if name == "demo":
+        return load_model(name, device=device)
+    return build_model(name, device, torch.float32)
+
+
+def plain(model: SparseViT) -> Forward:
+    """The forward of a model that is not quantized."""
+    return lambda pixels, keep: forward_sites(model, pixels, keep)
+
+
+def systems_of(model: SparseViT, pixels: Tensor) -> dict[str, Forward]:
+    """By name: the eager systems, with float32 first."""
+    found: dict[str, Forward] = {"fp32": plain(model), "bf16": plain(copy.deepcopy(model).with_dtype(torch.bfloat16))}
+    for mode in MODES:
+        if reason := why_not_real(mode, model.device):
+            print(f"{mode}: not measured, {reason}")
+            continue
+        found[mode] = to_low_bit(model, mode, [(pixels, None)])
+    return found
+
+
+def compile_all(eager: dict[str, Forward], pixels: Tensor) -> tuple[dict[str, Forward], dict[str, float]]:
+    """The systems compiled, those that cannot be left out, and the seconds of each compilation."""
+    found, seconds = {}, {}
+    for name, forward in eager.items():
+        torch._dynamo.reset()
+        begin = time.perf_counter()
+        run = compiled(forward, pixels.device)
+        try:
+            run(pixels, None)
+        except Exception as error:  # a compiler that cannot is a result, whatever it raises
+            print(f"{name} compiled: not measured, {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            continue
+        found[name], seconds[name] = run, time.perf_counter() - begin
+        print(f"{name}: compiled in {seconds[name]:.0f} s", flush=True)
+    return found, seconds
+
+
+def bytes_of(name: str, forward: Forward, model: SparseViT) -> int:
+    """Of the file that holds a system's weights."""
+    if isinstance(forward, LowBitViT):
+        return len(low_bit_bytes(forward))
+    return len(float32_bytes(model)) // (2 if name == "bf16" else 1)
+
+
+@torch.no_grad()
+def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one model.
+
+    Raises:
+        AssertionError: a system's logits are too far from float32.
+    """
+    model = load(name, args.device)
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randn(args.batch, 3, model.grid.height, model.grid.width, generator=draw).to(args.device)
+    eager = systems_of(model, pixels)
+    fast, seconds_compile = compile_all(eager, pixels)
+    systems = {(n, "eager"): f for n, f in eager.items()} | {(n, "compiled"): f for n, f in fast.items()}
+    truth = forward_sites(model, pixels)
+    sqnr = {key: signal_to_noise(forward(pixels, None), truth) for key, forward in systems.items()}
+    for (system, way), value in sqnr.items():
+        assert value > LEAST_SQNR, f"{system} {way}: logits of {name} have {value:.1f} dB, at least {LEAST_SQNR}"
+    seconds = take_turns({" ".join(key): forward for key, forward in systems.items()}, pixels, None, args.rounds)
+    rows = []
+    for (system, way), value in sqnr.items():
+        own = seconds[f"{system} {way}"]
+        p20, p50, p80 = (round(1e3 * s, 1) for s in quantiles(own))
+        ratios = {
+            base: quantiles([a / b for a, b in zip(seconds[f"fp32 {base}"], own, strict=True)])[1]
+            for base in ("eager", "compiled")
+            if f"fp32 {base}" in seconds
+        }
+        rows.append(
+            {
+                "model": name,
+                "tokens": model.grid.patches + model.shape.prefix,
+                "batch": args.batch,
+                "system": system,
+                "way": way,
+                "ms_p20": p20,
+                "ms_p50": p50,
+                "ms_p80": p80,
+                "over_fp32_eager_p50": round(ratios["eager"], 2),
+                "over_fp32_compiled_p50": round(ratios["compiled"], 2) if "compiled" in ratios else "",
+                "sqnr_db": round(value, 1) if value < 1e3 else "",
+                "file_bytes": bytes_of(system, eager[system], model),
+                "seconds_compile": round(seconds_compile[system], 1) if way == "compiled" else "",
+                "rounds": args.rounds,
+                **about(args.device),
+                "torchao": versions().get("torchao", ""),
+            }
+        )
+        print(*rows[-1].values(), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=device_argument, default="cpu")
+    parser.add_argument("--models", type=lambda text: text if text == "demo" else model_name(text), nargs="+")
+    parser.add_argument("--batch", type=positive, default=64)
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    # torchao's tensors do not say how they are hashed: a graph is then not kept on disk
+    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
+    rows = [row for name in args.models or MODELS for row in measure(name, args)]
+    write_csv(rows, args.out or RESULTS / f"int8-{args.device.partition(':')[0]}.csv")
+
+
+if __name__ == "__main__":
+    main()
