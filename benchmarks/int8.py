@@ -98,35 +98,32 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     seconds = take_turns({" ".join(key): forward for key, forward in systems.items()}, pixels, None, args.rounds)
     rows = []
     for (system, way), value in sqnr.items():
-        own = seconds[f"{system} {way}"]
-        p20, p50, p80 = (round(1e3 * s, 1) for s in quantiles(own))
-        ratios = {
-            base: quantiles([a / b for a, b in zip(seconds[f"fp32 {base}"], own, strict=True)])[1]
-            for base in ("eager", "compiled")
-            if f"fp32 {base}" in seconds
+        figures = {
+            "model": name,
+            "tokens": model.grid.patches + model.shape.prefix,
+            "batch": args.batch,
+            "system": system,
+            "way": way,
+            **speed_of(f"{system} {way}", seconds),
+            "sqnr_db": round(value, 1) if value < float("inf") else "",
+            "file_bytes": bytes_of(system, eager[system], model),
+            "seconds_compile": round(seconds_compile[system], 1) if way == "compiled" else "",
+            "rounds": args.rounds,
         }
-        rows.append(
-            {
-                "model": name,
-                "tokens": model.grid.patches + model.shape.prefix,
-                "batch": args.batch,
-                "system": system,
-                "way": way,
-                "ms_p20": p20,
-                "ms_p50": p50,
-                "ms_p80": p80,
-                "over_fp32_eager_p50": round(ratios["eager"], 2),
-                "over_fp32_compiled_p50": round(ratios["compiled"], 2) if "compiled" in ratios else "",
-                "sqnr_db": round(value, 1) if value < 1e3 else "",
-                "file_bytes": bytes_of(system, eager[system], model),
-                "seconds_compile": round(seconds_compile[system], 1) if way == "compiled" else "",
-                "rounds": args.rounds,
-                **about(args.device),
-                "torchao": versions().get("torchao", ""),
-            }
-        )
-        print(*rows[-1].values(), flush=True)
+        rows.append(figures | about(args.device) | {"torchao": versions().get("torchao", "")})
+        print(*figures.values(), flush=True)
     return rows
+
+
+def speed_of(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Milliseconds of a forward, and the median of its ratios to float32, round by round."""
+    p20, p50, p80 = (round(1e3 * value, 1) for value in quantiles(seconds[name]))
+    found: dict[str, Any] = {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80}
+    for way in ("eager", "compiled"):
+        base = seconds.get(f"fp32 {way}")
+        ratios = [theirs / ours for theirs, ours in zip(base, seconds[name], strict=True)] if base else []
+        found[f"over_fp32_{way}_p50"] = round(quantiles(ratios)[1], 2) if ratios else ""
+    return found
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ NAMES = {
     "eager": "ours, eager",
     "compiled": "**compiled**",
 }
+WAYS = ("eager", "compiled")
 Row = dict[str, str]
 
 
@@ -168,6 +169,29 @@ def quality_table(device: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def int8_table(device: str) -> str:
+    """Real low-bit execution beside float32 and bfloat16; milliseconds are of one forward of the batch."""
+    rows = rows_of(f"int8-{device}.csv")
+    if not rows:
+        return NOT_MEASURED
+    first = rows[0]
+    lines = [
+        f"Batch {first['batch']}, {first['device_name']}, torch {first['torch']}, torchao {first['torchao']}, commit "
+        f"{first['commit']}. Medians of {' and '.join(sorted({row['rounds'] for row in rows}))} rounds in which the "
+        "rows of a model took turns (20th to 80th percentile in brackets); SQNR is that of the logits against float32.",
+        "",
+        "| model | tokens | row | ms a forward | over fp32 eager | over fp32 compiled | SQNR dB | file MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ratios = [f"{row[f'over_fp32_{way}_p50']}x" if row[f"over_fp32_{way}_p50"] else "" for way in WAYS]
+        cells = [row["model"], row["tokens"], f"{row['system']}, {row['way']}"]
+        cells += [f"{row['ms_p50']} ({row['ms_p20']} to {row['ms_p80']})", *ratios, row["sqnr_db"]]
+        cells.append(f"{int(row['file_bytes']) / 1e6:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 # by file: mark that a table stands behind, and what makes it
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"engine": engine_table},
@@ -178,6 +202,8 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "waterfall on a CPU": lambda: waterfall_table("cpu-deit_tiny_patch16_224-b8"),
         "quality on a GPU": lambda: quality_table("cuda"),
         "quality on a CPU": lambda: quality_table("cpu"),
+        "int8 on a GPU": lambda: int8_table("cuda"),
+        "int8 on a CPU": lambda: int8_table("cpu"),
         "scaling on a GPU": lambda: scaling_table("cuda"),
         "scaling on a CPU": lambda: scaling_table("cpu"),
     },
