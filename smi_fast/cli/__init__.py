@@ -7,6 +7,7 @@ import typer
 from smi_fast.cli.doctor import doctor
 from smi_fast.cli.invert import invert
 from smi_fast.cli.plan import plan
+from smi_fast.cli.quantize import quantize
 from smi_fast.cli.show import show
 from smi_fast.cli.tune import tune
 from smi_fast.versions import __version__
@@ -17,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (invert, show, plan, tune, doctor):
+for command in (invert, show, plan, tune, quantize, doctor):
     app.command()(command)
 
 
