@@ -73,10 +73,21 @@ def test_noise_end_to_end(tmp_path: Path, demo: SparseViT, capsys: pytest.Captur
 def test_a_run_of_images(images: SparseImages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = replace(images, provenance=replace(images.provenance, model_sha256="1" * 64))
     other.save(tmp_path / "images.safetensors")
-    common = ("--calibrate", str(tmp_path), "--count", "5", "--observer", "percentile", "--percentile", "99")
+    common = (
+        "--calibrate",
+        str(tmp_path),
+        "--count",
+        "5",
+        "--observer",
+        "percentile",
+        "--percentile",
+        "99",
+        "--seed",
+        "4",
+    )
     run(*common, "--out", str(tmp_path / "a"))
     told = capsys.readouterr()
-    assert "86% of the patches dropped" in told.out
+    assert f"calibrated on {tmp_path}, 5 of 5 images, 86% of the patches dropped, seed 4" in told.out
     assert "with other weights than those of 'demo'" in told.err
     run(*common, "--out", str(tmp_path / "b"), "--quiet")
     told = capsys.readouterr()
