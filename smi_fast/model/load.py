@@ -138,7 +138,8 @@ def _settle_classes(given: int | None, checkpoint: str | Path | None, state: dic
     return found
 
 
-def _check_img_size(img_size: int | Sequence[int] | None, patch: int) -> tuple[int, int] | None:
+def check_img_size(img_size: int | Sequence[int] | None, patch: int) -> tuple[int, int] | None:
+    """``(height, width)`` of a side or a pair; raises ``ValueError`` on a side that is no multiple of the patch."""
     if img_size is None:
         return None
     size = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
@@ -157,7 +158,7 @@ def _demo(request: _Request) -> _Found:
             raise ValueError("pretrained=False: 'demo' comes with its weights; give checkpoint=PATH for others")
         if classes != own:
             raise ValueError(f"num_classes={classes}: the weights of 'demo' have {own} classes")
-    size = _check_img_size(request.img_size, facts["architecture"]["patch_size"])
+    size = check_img_size(request.img_size, facts["architecture"]["patch_size"])
     architecture = facts["architecture"] | {"num_classes": classes}
     vit = VisionTransformer(**(architecture if size is None else architecture | {"img_size": size}))
     if request.state is None:
@@ -170,10 +171,10 @@ def _demo(request: _Request) -> _Found:
 
 def _from_timm_name(request: _Request) -> _Found:
     name = request.name
-    _check_name(name)
+    check_name(name)
     vit = _create(name, num_classes=request.num_classes)
     check_supported(vit, name)  # before the hub is asked, and before arguments that other architectures do not take
-    size = _check_img_size(request.img_size, vit.patch_embed.patch_size[0])
+    size = check_img_size(request.img_size, vit.patch_embed.patch_size[0])
     if request.pretrained is not False and request.state is None:
         vit = _fetch(request, size, vit.pretrained_cfg)
     elif size is not None:
@@ -193,7 +194,8 @@ def _create(name: str, **options: Any) -> Any:
     return timm.create_model(name, **options)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises ``ValueError`` on a name that timm does not know, with those that are close to it."""
     if not timm.is_model(name):
         known, what = [DEMO, *timm.list_models()], "model"
     else:
