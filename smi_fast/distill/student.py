@@ -57,8 +57,9 @@ class Student:
         check_supported(self.vit, self.info.name)
         if type(self.vit) is not VisionTransformer:
             raise ValueError(f"student={self.info.name!r}: it has two heads; only models with one can be students")
-        if not isinstance(self.vit.patch_drop, KeptPatches):
-            self.vit.patch_drop = KeptPatches(self.vit.num_prefix_tokens)
+        vit: Any = self.vit
+        if not isinstance(vit.patch_drop, KeptPatches):
+            vit.patch_drop = KeptPatches(vit.num_prefix_tokens)
 
     @property
     def grid(self) -> Grid:
