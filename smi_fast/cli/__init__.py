@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from smi_fast.cli.distill import distill
 from smi_fast.cli.doctor import doctor
 from smi_fast.cli.invert import invert
 from smi_fast.cli.plan import plan
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 for command in (invert, show, plan, tune, quantize, doctor):
+for command in (invert, distill, show, plan, tune, doctor):
     app.command()(command)
 
 

@@ -106,6 +106,8 @@ class Trainer:
         interrupted = False
         self._begin()
         try:
+            if self.fixed is not None:
+                self._add(self.fixed, counted=self.marks.step == 0)
             while self._turn():
                 if stop is not None and stop.is_set():
                     interrupted = True
@@ -143,8 +145,6 @@ class Trainer:
             self.curve = list(self.folder.curve)
         else:
             self._save()  # from here on there is something to resume from
-        if self.fixed is not None:
-            self._add(self.fixed, counted=self.marks.step == 0)
 
     def _turn(self) -> bool:
         """What is due between two steps; False where that was the last."""
