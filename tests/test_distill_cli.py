@@ -21,6 +21,8 @@ from tests.test_cli import run
 SMALL = ["--batch-size", "4", "--eval-every", "2", "--device", "cpu", "--quiet", "--no-tensorboard"]
 ROUNDS = ["--images-per-round", "2", "--steps-per-round", "2", "--iterations", "3", "--dense", "--impl", "eager"]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Real:
     """Six real images, whose labels are the classes that a student's features say."""
@@ -78,7 +80,7 @@ def test_alternating_stopped_and_resumed(real: Real, tmp_path: Path, capsys: pyt
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("images") / "run"
     run("invert", "--iterations", "3", "--dense", "--impl", "eager", "--quiet", "--labels", "1,2", "--out", str(out))
     return out

@@ -27,6 +27,8 @@ STUDENT = ModelInfo("student", "1" * 64, (0.48, 0.45, 0.4), (0.23, 0.22, 0.21))
 SMALL = Grid(24, 32, 8)
 GRIDS = (Grid(42, 56, 14), Grid(9, 12, 3), Grid(24, 32, 8))
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def random_keep(images: int, kept: int, patches: int) -> Tensor:
     draws = torch.Generator().manual_seed(images + kept)
@@ -116,7 +118,7 @@ def test_state_dict_has_no_trace_of_kept_patches() -> None:
 
 
 @pytest.fixture(scope="module")
-def scratch() -> Student:
+def scratch(one_thread: None) -> Student:
     return build_student("demo", 10, seed=3)
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from smi_fast.distill import Alternating, DistillConfig, ImageSet, RunFolder, Student, Trainer, build_student
+from smi_fast.distill.curves import CurveRow, read_curve, write_curve
 from smi_fast.distill.pool import draw
 from smi_fast.images import SparseImages, files
 from smi_fast.model.from_timm import from_timm
@@ -30,13 +30,7 @@ from tests.fakes import make_images
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models so small gain nothing from a second thread, and wait for it long where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weights(run: Trainer) -> dict[str, Tensor]:
@@ -165,6 +159,17 @@ def test_curves_as_csv_and_for_tensorboard(timm_student: tuple[Path, Student]) -
     assert [(row["step"], row["images"], row["accuracy"]) for row in rows] == [("1", "6", "0.5"), ("2", "6", "0.25")]
     (events,) = (out / "tensorboard").iterdir()
     assert b"accuracy" in events.read_bytes()
+
+
+def test_what_was_written_after_the_checkpoint_is_cut_off(tmp_path: Path) -> None:
+    rows = [CurveRow(step, 10, step / 3, 0.1 * step, None if step == 1 else 0.5) for step in (1, 2, 3)]
+    write_curve(tmp_path / "curve.csv", rows)
+    assert read_curve(tmp_path / "curve.csv", 2) == rows[:2]
+    assert read_curve(tmp_path / "missing.csv", 0) == []
+    with pytest.raises(ValueError, match="has 3 rows, the checkpoint was made after 4"):
+        read_curve(tmp_path / "curve.csv", 4)
+    with pytest.raises(ValueError, match="cannot be read as a curve"):
+        read_curve(tmp_path / "missing.csv", 1)
 
 
 def test_tensorboard_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
