@@ -264,6 +264,16 @@ def test_a_killed_process_leaves_what_it_takes(tmp_path: Path, whole: tuple[Any,
     check_resumed(run, result, whole)
 
 
+def test_a_kill_in_the_first_inversion_can_be_resumed(tmp_path: Path) -> None:
+    def killed(labels: list[int], ids: list[int]) -> SparseImages:
+        raise Killed
+
+    source = Alternating(killed, images_per_round=6, steps_per_round=7)
+    with pytest.raises(Killed):
+        trainer(source, folder=RunFolder(tmp_path)).run()
+    assert trainer(folder=RunFolder(tmp_path, resume=True), steps=40).run().steps == 40
+
+
 def test_stop_and_interrupt_leave_a_checkpoint(tmp_path: Path, whole: tuple[Any, Any]) -> None:
     stop = threading.Event()
     stop.set()
