@@ -19,8 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (invert, show, plan, tune, quantize, doctor):
-for command in (invert, distill, show, plan, tune, doctor):
+for command in (invert, quantize, distill, show, plan, tune, doctor):
     app.command()(command)
 
 

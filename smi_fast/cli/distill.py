@@ -19,6 +19,7 @@ from smi_fast.cli.distill_progress import TrainingBar
 from smi_fast.cli.invert import use_tuned
 from smi_fast.cli.outputs import IMAGES, REPORT, check_folder
 from smi_fast.config import InversionConfig
+from smi_fast.datasets import open_dataset, random_indices
 from smi_fast.distill import Alternating, DistillConfig, DistillResult, RunFolder, Student, Trainer, build_student
 from smi_fast.distill.curves import has_tensorboard
 from smi_fast.distill.folder import CHECKPOINT
@@ -156,8 +157,6 @@ def evaluator(spec: str, student: Student, config: DistillConfig, limit: int | N
     Raises:
         ValueError: the images have no labels, or classes other than the student's.
     """
-    from smi_fast.datasets import open_dataset, random_indices
-
     real, classes = open_dataset(spec), student.vit.num_classes
     if real.labels is None:
         raise ValueError(f"--evaluate {spec!r}: the images have no labels")

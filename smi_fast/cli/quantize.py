@@ -13,13 +13,16 @@ from rich.table import Table
 
 from smi_fast.cli import options as o
 from smi_fast.cli.outputs import IMAGES, REPORT, check_folder, make_folder
+from smi_fast.cli.real import REAL, check_real, measure
 from smi_fast.cli.work import WorkBar
+from smi_fast.datasets import RealImages, open_dataset, random_indices, top1
 from smi_fast.images import SparseImages
 from smi_fast.images.files import write_json
 from smi_fast.model import SparseViT, load_model
 from smi_fast.quantize import Calibration, LayerRow, QuantConfig, QuantizedViT, layer_report, save_quantized
 from smi_fast.quantize import quantize as quantize_model
 from smi_fast.quantize.calibration import BATCH, DEFAULT_COUNT
+from smi_fast.quantize.execute import LowBitViT, save_low_bit, to_low_bit
 from smi_fast.quantize.layers import worst_first
 from smi_fast.report import device_name
 from smi_fast.versions import versions
@@ -52,6 +55,12 @@ def quantize(
     evaluate: Annotated[
         str | None, typer.Option(help="Real images to measure top-1 on: folder:PATH, cifar10:PATH, imagenet:PATH.")
     ] = None,
+    real: Annotated[
+        str,
+        typer.Option(
+            help="Also execute in 8 bits, through torchao, and measure it: dynamic, static (int8), fp8 (some GPUs)."
+        ),
+    ] = "none",
     limit: Annotated[int | None, typer.Option(help="Evaluate at most this many images. [default: all]")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same images to calibrate with.")] = 0,
     device: o.Device = "auto",
@@ -68,7 +77,8 @@ def quantize(
     check_folder(out, overwrite)
     where = o.parse_device(device)
     vit = load_model(model, pretrained=pretrained, checkpoint=checkpoint, img_size=image_size, device=where)
-    real = None if evaluate is None else _open_for_evaluation(evaluate, vit)
+    check_real(real, where)
+    data = None if evaluate is None else _open_for_evaluation(evaluate, vit)
     console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
     images = _calibration(calibrate, vit, count, seed, console)
     make_folder(out)
@@ -77,9 +87,13 @@ def quantize(
         quantized = quantize_model(vit, images, config, bar)
         seconds = time.perf_counter() - start
         rows = layer_report(vit, quantized, images, sensitivity, bar)
-        evaluation = None if real is None else _evaluate(vit, quantized, real, limit, bar)
+        low = None if real == "none" else to_low_bit(vit, real, images.batches)
+        evaluation = None if data is None else _evaluate(vit, quantized, low, data, limit, bar)
+        measured = None if low is None else measure(vit, low, images, data, bar)
     save_quantized(quantized, out / QUANTIZED, overwrite=True)
-    report = _report(vit, quantized, rows, seed) | {"evaluation": evaluation, "seconds": seconds}
+    if low is not None:
+        save_low_bit(out / REAL, low, overwrite=True)
+    report = _report(vit, quantized, rows, seed) | {"evaluation": evaluation, "seconds": seconds, "real": measured}
     report["calibration"] = {"name": images.name, "images": len(images)}
     report["bytes"] = {"quantized": (out / QUANTIZED).stat().st_size, "float32": _float_bytes(vit)}
     write_json(out / REPORT, report, overwrite=True)
@@ -113,8 +127,6 @@ def _calibration(spec: str, model: SparseViT, count: int, seed: int, console: Co
 
 
 def _real_calibration(spec: str, model: SparseViT, count: int, seed: int) -> Calibration:
-    from smi_fast.datasets import open_dataset, random_indices  # type: ignore[import-not-found]
-
     images = open_dataset(spec, train=True)
     if not 1 <= count <= len(images):
         raise ValueError(f"--count {count}: must be in 1..{len(images)}, the images of {images.name}")
@@ -123,10 +135,8 @@ def _real_calibration(spec: str, model: SparseViT, count: int, seed: int) -> Cal
     return Calibration.from_pixels(torch.cat(pixels), name=f"{images.name}, {count} images, seed {seed}")
 
 
-def _open_for_evaluation(spec: str, model: SparseViT) -> Any:
+def _open_for_evaluation(spec: str, model: SparseViT) -> RealImages:
     """Labelled images of as many classes as the model has, looked at before any work starts."""
-    from smi_fast.datasets import open_dataset
-
     images = open_dataset(spec)
     if images.labels is None:
         raise ValueError(f"--evaluate {spec!r}: the images have no labels")
@@ -137,16 +147,21 @@ def _open_for_evaluation(spec: str, model: SparseViT) -> Any:
 
 
 def _evaluate(
-    model: SparseViT, quantized: QuantizedViT, images: Any, limit: int | None, bar: WorkBar
+    model: SparseViT,
+    quantized: QuantizedViT,
+    low: LowBitViT | None,
+    images: RealImages,
+    limit: int | None,
+    bar: WorkBar,
 ) -> dict[str, Any]:
-    """Top-1 of both models on the same images, all patches of them."""
-    from smi_fast.datasets import top1
-
+    """Top-1 of the models on the same images, all patches of them."""
     total = len(images) if limit is None else min(limit, len(images))
     runs = {
         "float32": lambda pixels: model(pixels.to(model.device))[0].cpu(),
         "quantized": lambda pixels: quantized(pixels.to(model.device)).cpu(),
     }
+    if low is not None:
+        runs["real"] = lambda pixels: low(pixels.to(model.device)).cpu()
     found: dict[str, Any] = {"data": images.name, "images": total, "top1": {}}
     for name, run in runs.items():
 
@@ -196,5 +211,9 @@ def _say(model: SparseViT, config: QuantConfig, report: dict[str, Any], out: Pat
     if report["evaluation"] is not None:
         top1, data = report["evaluation"]["top1"], report["evaluation"]
         figures = f"{top1['quantized']:.4f} quantized, {top1['float32']:.4f} in float32"
+        if "real" in top1:
+            figures += f", {top1['real']:.4f} executed in 8 bits"
         typer.echo(f"top-1 {figures}, on {data['images']} images of {data['data']}")
+    if report["real"] is not None:
+        typer.echo(report["real"]["words"])
     typer.echo(f"{size['quantized'] / 1e6:.2f} MB for {size['float32'] / 1e6:.2f} in float32: {out / QUANTIZED}")
