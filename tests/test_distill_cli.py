@@ -4,8 +4,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -51,10 +49,9 @@ class Real:
 def real(monkeypatch: pytest.MonkeyPatch) -> Real:
     """In place of a data set."""
     images = Real(torch.arange(6))
-    module: Any = ModuleType("smi_fast.datasets")
-    module.open_dataset = lambda spec: images
-    module.random_indices = lambda n, count, seed: list(range(n))[-count:]
-    monkeypatch.setitem(sys.modules, "smi_fast.datasets", module)
+    module = sys.modules["smi_fast.cli.distill"]
+    monkeypatch.setattr(module, "open_dataset", lambda spec: images)
+    monkeypatch.setattr(module, "random_indices", lambda n, count, seed: list(range(n))[-count:])
     return images
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -129,15 +128,14 @@ def top1(
 
 @pytest.fixture
 def data(monkeypatch: pytest.MonkeyPatch) -> FakeImages:
-    module, found = types.ModuleType("smi_fast.datasets"), FakeImages()
+    module, found = sys.modules["smi_fast.cli.quantize"], FakeImages()
     contents = {
         "open_dataset": lambda spec, train=False: found,
         "random_indices": lambda n, count, seed: list(range(seed, seed + count)),
         "top1": top1,
     }
     for name, value in contents.items():
-        setattr(module, name, value)
-    monkeypatch.setitem(sys.modules, "smi_fast.datasets", module)
+        monkeypatch.setattr(module, name, value)
     return found
 
 
