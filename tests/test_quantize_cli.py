@@ -53,7 +53,7 @@ def test_noise_end_to_end(tmp_path: Path, demo: SparseViT, capsys: pytest.Captur
     report = json.loads((out / "report.json").read_text())
     assert set(report) == {
         "execution", "config", "calibration", "evaluation", "layers", "bytes", "seconds", "model", "device", "versions",
-        "seed",
+        "seed", "real",
     }  # fmt: skip
     assert report["calibration"] == {"name": "gaussian, 32 images, seed 3", "images": 32}
     assert len(report["layers"]) == 93
@@ -186,3 +186,29 @@ def test_bad_images(images: SparseImages, data: FakeImages, tmp_path: Path, caps
         run("--calibrate", "gaussian", "--evaluate", "cifar10:x", "--out", str(tmp_path / "out"), code=2)
         assert told in capsys.readouterr().err
         data.num_classes = 10
+
+
+def test_execution_in_8_bits(data: FakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def report(model: Any, mode: str, batches: Any, pixels: Tensor) -> dict[str, Any]:
+        seen.append((mode, len(pixels)))
+        return {"words": "Real execution"}
+
+    monkeypatch.setattr(sys.modules["smi_fast.cli.real"], "real_report", report)
+    out = tmp_path / "out"
+    specs = ("--calibrate", "gaussian", "--count", "4", "--evaluate", "cifar10:x", "--limit", "8", "--real", "dynamic")
+    run(*specs, "--device", "cpu", "--out", str(out))
+    assert seen == [("dynamic", 64)]
+    assert (out / "real.safetensors").exists()
+    found = json.loads((out / "report.json").read_text())
+    assert found["real"] == {"words": "Real execution"}
+    assert set(found["evaluation"]["top1"]) == {"float32", "quantized", "real"}
+
+
+def test_execution_that_is_not_to_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for mode, words in (("int4", "must be none, dynamic"), ("fp8", "'fp8'")):
+        out = tmp_path / mode
+        run("--calibrate", "gaussian", "--device", "cpu", "--real", mode, "--out", str(out), code=2)
+        assert words in capsys.readouterr().err
+        assert not out.exists()
