@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.common import RESULTS
+from benchmarks.quality_tables import quantize_table, transfer_table
 from benchmarks.scaling import exponents
 from benchmarks.techniques import WATERFALL
 
@@ -204,6 +205,8 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "quality on a CPU": lambda: quality_table("cpu"),
         "int8 on a GPU": lambda: int8_table("cuda"),
         "int8 on a CPU": lambda: int8_table("cpu"),
+        "quantized models": quantize_table,
+        "students": transfer_table,
         "scaling on a GPU": lambda: scaling_table("cuda"),
         "scaling on a CPU": lambda: scaling_table("cpu"),
     },

@@ -1,0 +1,69 @@
+"""The tables of `benchmarks.quality`, made from its CSVs."""
+
+import csv
+import statistics
+from pathlib import Path
+
+from benchmarks.common import RESULTS
+
+Row = dict[str, str]
+NOT_MEASURED = "Not measured yet.\n"
+CALIBRATIONS = ("gaussian", "dense", "sparse", "real")
+
+
+def rows_of(path: Path) -> list[Row]:
+    """The rows of a CSV; none where it was not measured."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation in percent, and of how many."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values) * 100:.2f}"
+    return f"{mean} +- {statistics.stdev(values) * 100:.2f} ({len(values)})" if len(values) > 1 else f"{mean} (1)"
+
+
+def about(row: Row, images: str) -> str:
+    """Where and with what a table was measured."""
+    return (
+        f"Teacher {row['teacher']}, top-1 in percent on {images} test images of {row['data']}; mean, standard deviation "
+        f"and, in brackets, number of replicates. Inversions of {row['iterations']} iterations. {row['device_name']}, "
+        f"torch {row['torch']}, commit {row['commit']}."
+    )
+
+
+def quantize_table() -> str:
+    """Top-1 by scheme and bits, a column a calibration set."""
+    rows = rows_of(RESULTS / "quality-quantize-demo.csv")
+    if not rows:
+        return NOT_MEASURED
+    full = [float(row["top1"]) for row in rows if row["scheme"] == "fp32"]
+    lines = [about(rows[0], rows[0]["images"]) + f" In float32: {spread(full)}.", ""]
+    lines += [f"| scheme | bits | {' | '.join(CALIBRATIONS)} |", "| --- | --- | --- | --- | --- | --- |"]
+    settings = dict.fromkeys((row["scheme"], row["weights"]) for row in rows if row["scheme"] != "fp32")
+    for scheme, bits in settings:
+        mine = [row for row in rows if (row["scheme"], row["weights"]) == (scheme, bits)]
+        cells = [spread([float(row["top1"]) for row in mine if row["calibration"] == kind]) for kind in CALIBRATIONS]
+        lines.append(f"| {scheme} | W{bits}/A8 | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def transfer_table() -> str:
+    """Top-1 of students by what they learned from, a column a number of images."""
+    rows = rows_of(RESULTS / "quality-transfer-demo.csv")
+    if not rows:
+        return NOT_MEASURED
+    sizes = sorted({int(row["images"]) for row in rows})
+    lines = [about(rows[0], rows[0]["test_images"]), ""]
+    heads = [f"{size} images" for size in sizes]
+    lines += [f"| student | images | {' | '.join(heads)} | s an image to invert |", "| --- " * (len(sizes) + 3) + "|"]
+    for student, kind in dict.fromkeys((row["student"], row["kind"]) for row in rows):
+        mine = [row for row in rows if (row["student"], row["kind"]) == (student, kind)]
+        cells = [spread([float(row["top1"]) for row in mine if int(row["images"]) == size]) for size in sizes]
+        each = statistics.median(float(row["inversion_s"]) / int(row["images"]) for row in mine)
+        lines.append(f"| {student} | {kind} | {' | '.join(cells)} | {f'{each:.2f}' if each else ''} |")
+    return "\n".join(lines) + "\n"
