@@ -30,7 +30,7 @@ def spread(values: list[float]) -> str:
 def about(row: Row, images: str) -> str:
     """Where and with what a table was measured."""
     return (
-        f"Teacher {row['teacher']}, top-1 in percent on {images} test images of {row['data']}; mean, standard deviation "
+        f"Teacher {row['teacher']}, top-1 in percent on {images} test images of {row['data']}; mean, deviation "
         f"and, in brackets, number of replicates. Inversions of {row['iterations']} iterations. {row['device_name']}, "
         f"torch {row['torch']}, commit {row['commit']}."
     )
