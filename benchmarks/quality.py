@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
     parser.add_argument("--out", type=Path, help="CSV")
     args = parser.parse_args()
-    if min(args.iterations, 8) < 8:
+    if args.iterations < 8:
         parser.error(f"--iterations {args.iterations}: must be at least 8, the schedule has four stops")
     args.sizes = sorted(args.sizes)
     args.seeds = args.seeds or (5 if args.what == "quantize" else 3)

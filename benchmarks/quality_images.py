@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smi_fast.config import InversionConfig
+from smi_fast.config import PAPER_STOPS, InversionConfig
 from smi_fast.datasets import RealImages, random_indices
 from smi_fast.engine import Inverter
 from smi_fast.images import SparseImages
@@ -15,7 +15,6 @@ from smi_fast.images.files import write_json
 from smi_fast.model import SparseViT, load_model
 
 KINDS = ("gaussian", "dense", "sparse", "real", "real, pruned")
-PAPER_STOPS = ((50, 0.3), (100, 0.3), (200, 0.3), (300, 0.3))
 BATCH = 64
 
 

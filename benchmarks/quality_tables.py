@@ -1,22 +1,11 @@
 """The tables of `benchmarks.quality`, made from its CSVs."""
 
-import csv
 import statistics
-from pathlib import Path
 
-from benchmarks.common import RESULTS
+from benchmarks.markdown import Row, markdown, rows_of
 
-Row = dict[str, str]
 NOT_MEASURED = "Not measured yet.\n"
 CALIBRATIONS = ("gaussian", "dense", "sparse", "real")
-
-
-def rows_of(path: Path) -> list[Row]:
-    """The rows of a CSV; none where it was not measured."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def spread(values: list[float]) -> str:
@@ -38,32 +27,31 @@ def about(row: Row, images: str) -> str:
 
 def quantize_table() -> str:
     """Top-1 by scheme and bits, a column a calibration set."""
-    rows = rows_of(RESULTS / "quality-quantize-demo.csv")
+    rows = rows_of("quality-quantize-demo.csv")
     if not rows:
         return NOT_MEASURED
     full = [float(row["top1"]) for row in rows if row["scheme"] == "fp32"]
-    lines = [about(rows[0], rows[0]["images"]) + f" In float32: {spread(full)}.", ""]
-    lines += [f"| scheme | bits | {' | '.join(CALIBRATIONS)} |", "| --- | --- | --- | --- | --- | --- |"]
+    table = []
     settings = dict.fromkeys((row["scheme"], row["weights"]) for row in rows if row["scheme"] != "fp32")
     for scheme, bits in settings:
         mine = [row for row in rows if (row["scheme"], row["weights"]) == (scheme, bits)]
         cells = [spread([float(row["top1"]) for row in mine if row["calibration"] == kind]) for kind in CALIBRATIONS]
-        lines.append(f"| {scheme} | W{bits}/A8 | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        table.append([scheme, f"W{bits}/A8", *cells])
+    heading = f"{about(rows[0], rows[0]['images'])} In float32: {spread(full)}."
+    return markdown(heading, ["scheme", "bits", *CALIBRATIONS], table)
 
 
 def transfer_table() -> str:
     """Top-1 of students by what they learned from, a column a number of images."""
-    rows = rows_of(RESULTS / "quality-transfer-demo.csv")
+    rows = rows_of("quality-transfer-demo.csv")
     if not rows:
         return NOT_MEASURED
     sizes = sorted({int(row["images"]) for row in rows})
-    lines = [about(rows[0], rows[0]["test_images"]), ""]
-    heads = [f"{size} images" for size in sizes]
-    lines += [f"| student | images | {' | '.join(heads)} | s an image to invert |", "| --- " * (len(sizes) + 3) + "|"]
+    columns = ["student", "images", *(f"{size} images" for size in sizes), "s an image to invert"]
+    table = []
     for student, kind in dict.fromkeys((row["student"], row["kind"]) for row in rows):
         mine = [row for row in rows if (row["student"], row["kind"]) == (student, kind)]
         cells = [spread([float(row["top1"]) for row in mine if int(row["images"]) == size]) for size in sizes]
         each = statistics.median(float(row["inversion_s"]) / int(row["images"]) for row in mine)
-        lines.append(f"| {student} | {kind} | {' | '.join(cells)} | {f'{each:.2f}' if each else ''} |")
-    return "\n".join(lines) + "\n"
+        table.append([student, kind, *cells, f"{each:.2f}" if each else ""])
+    return markdown(about(rows[0], rows[0]["test_images"]), columns, table)

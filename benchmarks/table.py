@@ -4,17 +4,15 @@ python -m benchmarks.table --write
 """
 
 import argparse
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.common import RESULTS
+from benchmarks.markdown import NOT_MEASURED, markdown, rows_of
 from benchmarks.quality_tables import quantize_table, transfer_table
 from benchmarks.scaling import exponents
 from benchmarks.techniques import WATERFALL
 
 ROOT = Path(__file__).parent.parent
-NOT_MEASURED = "Not measured: no machine with a GPU was at hand since this was written.\n"
 END = "<!-- end of table -->\n"
 NAMES = {
     "published": "published loop",
@@ -23,37 +21,25 @@ NAMES = {
     "compiled": "**compiled**",
 }
 WAYS = ("eager", "compiled")
-Row = dict[str, str]
-
-
-def rows_of(name: str) -> list[Row]:
-    """The rows of a CSV; none where it was not measured."""
-    path = RESULTS / name
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def engine_table() -> str:
     """One iteration of the engine beside the yard-stick; milliseconds are of one iteration on a batch."""
     rows = rows_of("engine-cpu-deit_tiny_patch16_224-b8.csv")
     first = rows[0]
-    lines = [
+    about = (
         f"{first['model']} geometry with random weights, batch {first['batch']}, {first['device_name']}, "
         f"torch {first['torch']}, commit {first['commit']}. Medians of {first['rounds']} rounds in which the systems "
-        "took turns (20th to 80th percentile in brackets); the input gradients of all rows were compared first.",
-        "",
-        "| system | dtype | patches | ms an iteration | image-iterations/s | over published | peak memory |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+        "took turns (20th to 80th percentile in brackets); the input gradients of all rows were compared first."
+    )
+    columns = ["system", "dtype", "patches", "ms an iteration", "image-iterations/s", "over published", "peak memory"]
+    cells = []
     for row in rows:
-        lines.append(
-            f"| {NAMES[row['system']]} | {row['dtype']} | {row['patches']} | {row['ms_p50']} "
-            f"({row['ms_p20']} to {row['ms_p80']}) | {row['image_iterations_per_s']} | "
-            f"{row['speed_up_over_published_p50']}x | {row['peak_memory_mib']} MiB |"
-        )
-    return "\n".join(lines) + "\n"
+        milliseconds = f"{row['ms_p50']} ({row['ms_p20']} to {row['ms_p80']})"
+        rates = [row["image_iterations_per_s"], f"{row['speed_up_over_published_p50']}x"]
+        what = [NAMES[row["system"]], row["dtype"], row["patches"]]
+        cells.append([*what, milliseconds, *rates, f"{row['peak_memory_mib']} MiB"])
+    return markdown(about, columns, cells)
 
 
 def kernel_table(device: str) -> str:
@@ -68,22 +54,20 @@ def kernel_table(device: str) -> str:
     timed = any(row["triton_us_p50"] for row in rows)
     columns = ["op", "image/patch", "B", "K", "dtype", "least MB", "eager us", "compiled us"]
     columns += ["Triton us", "share of copy"] if timed else []
-    lines = [
+    about = (
         f"{first['device_name']}, torch {first['torch']}, triton {first['triton']}, commit {first['commit']}; a large "
         f"copy moves {first['copy_gb_per_s']} GB/s. Medians of {first['rounds']} rounds in which the systems took "
-        "turns; results were compared first.",
-        "",
-        f"| {' | '.join(columns)} |",
-        "|" + " --- |" * len(columns),
-    ]
+        "turns; results were compared first."
+    )
+    table = []
     for row in rows:
         cells = [row["op"], f"{row['image']}/{row['patch']}", row["batch"], row["kept"], row["dtype"]]
         cells += [f"{int(row['least_bytes']) / 1e6:.2f}", row["eager_us_p50"], row["compiled_us_p50"]]
         if timed:
             spread = f"{row['triton_us_p50']} ({row['triton_us_p20']} to {row['triton_us_p80']})"
             cells += [spread if row["triton_us_p50"] else "", row["share_of_copy"]]
-        lines.append(f"| {' | '.join(cell or 'not measured' for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+        table.append([cell or "not measured" for cell in cells])
+    return markdown(about, columns, table)
 
 
 UNITS = {
@@ -100,23 +84,20 @@ def scaling_table(device: str) -> str:
     if not rows:
         return NOT_MEASURED
     first = rows[0]
-    lines = [
+    about = (
         f"{first['device_name']}, torch {first['torch']}, commit {first['commit']}; {first['impl']}, {first['dtype']}. "
         f"Medians of at least {min(int(row['rounds']) for row in rows)} rounds in which the points of an axis took "
-        "turns; losses were checked first.",
-        "",
-        "| axis | from | to | points | ms an iteration | GFLOP/s | measured exponent | predicted |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+        "turns; losses were checked first."
+    )
+    columns = ["axis", "from", "to", "points", "ms an iteration", "GFLOP/s", "measured exponent", "predicted"]
+    table = []
     for axis, (measured, predicted) in exponents(rows).items():
         some = [row for row in rows if row["axis"] == axis]
         low, high = some[0], some[-1]
-        lines.append(
-            f"| {axis} | {low['value']} {UNITS[axis]} | {high['value']} | {len(some)} | {low['ms_p50']} to "
-            f"{high['ms_p50']} | {low['true_gflop_per_s']} to {high['true_gflop_per_s']} | {measured:.2f} | "
-            f"{predicted:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+        ends = [f"{low[name]} to {high[name]}" for name in ("ms_p50", "true_gflop_per_s")]
+        what = [axis, f"{low['value']} {UNITS[axis]}", high["value"], str(len(some))]
+        table.append([*what, *ends, f"{measured:.2f}", f"{predicted:.2f}"])
+    return markdown(about, columns, table)
 
 
 def waterfall_table(name: str) -> str:
@@ -128,27 +109,24 @@ def waterfall_table(name: str) -> str:
     count = sum(key.startswith("patches_") for key in first)
     stages = [f"ms at {first[f'patches_{index}']}" for index in range(count)]
     columns = ["row", "image-it/s", "over published", *stages, "share of matmul", "MiB", "compile s", "loss", "top-1"]
-    lines = [
+    about = (
         f"{first['model']}, {first['device_name']}, torch {first['torch']}, commit {first['commit']}; bf16 matrix "
         f"products reach {first['matmul_tflop_per_s']} TFLOP/s, a large copy {first['copy_gb_per_s']} GB/s. Batch "
         f"{first['batches'].split()[0]} a stage, in the row of batches {rows[-1]['batches']}. Medians of "
         f"{first['rounds']} rounds in which the rows took turns (20th to 80th percentile for the last stage); "
-        "gradients were checked first. Loss and top-1: of a short inversion of the bundled teacher by the same means.",
-        "",
-        f"| {' | '.join(columns)} |",
-        "|" + " --- |" * len(columns),
-    ]
+        "gradients were checked first. Loss and top-1: of a short inversion of the bundled teacher by the same means."
+    )
+    table = []
     for row in rows:
         times = [row[f"ms_{index}_p50"] for index in range(count)]
         times[-1] += f" ({row[f'ms_{count - 1}_p20']} to {row[f'ms_{count - 1}_p80']})"
         cells = [row["row"], row["image_iterations_per_s"], f"{row['over_published']}x", *times]
         cells += [f"{float(row['share_of_matmul']):.0%}", row["peak_memory_mib"], row["seconds_compile"]]
-        lines.append(f"| {' | '.join([*cells, row['final_loss'], row['teacher_top1']])} |")
+        table.append([*cells, row["final_loss"], row["teacher_top1"]])
     measured = {row["row"] for row in rows}
     missing = [technique.name for technique in WATERFALL if technique.name not in measured]
-    if missing:
-        lines += ["", f"Not measured here: {', '.join(missing)}."]
-    return "\n".join(lines) + "\n"
+    note = f"\nNot measured here: {', '.join(missing)}.\n" if missing else ""
+    return markdown(about, columns, table) + note
 
 
 def quality_table(device: str) -> str:
@@ -157,17 +135,16 @@ def quality_table(device: str) -> str:
     if not rows:
         return NOT_MEASURED
     first = rows[0]
-    lines = [
+    about = (
         f"{first['images']} images of the bundled teacher, {first['iterations']} iterations, {first['device_name']}, "
-        f"torch {first['torch']}, commit {first['commit']}.",
-        "",
-        "| path | top-1 | loss | overlap with the first row | within what a seed changes |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+        f"torch {first['torch']}, commit {first['commit']}."
+    )
+    table = []
     for row in rows:
         within = "yes" if row["within_seeds"] == "True" else "no"
-        lines.append(f"| {row['row']} | {row['top1']} | {row['loss']} | {row['overlap']} | {within} |")
-    return "\n".join(lines) + "\n"
+        table.append([row["row"], row["top1"], row["loss"], row["overlap"], within])
+    columns = ["path", "top-1", "loss", "overlap with the first row", "within what a seed changes"]
+    return markdown(about, columns, table)
 
 
 def int8_table(device: str) -> str:
@@ -176,21 +153,19 @@ def int8_table(device: str) -> str:
     if not rows:
         return NOT_MEASURED
     first = rows[0]
-    lines = [
+    about = (
         f"Batch {first['batch']}, {first['device_name']}, torch {first['torch']}, torchao {first['torchao']}, commit "
         f"{first['commit']}. Medians of {' and '.join(sorted({row['rounds'] for row in rows}))} rounds in which the "
-        "rows of a model took turns (20th to 80th percentile in brackets); SQNR is that of the logits against float32.",
-        "",
-        "| model | tokens | row | ms a forward | over fp32 eager | over fp32 compiled | SQNR dB | file MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+        "rows of a model took turns (20th to 80th percentile in brackets); SQNR is that of the logits against float32."
+    )
+    columns = ["model", "tokens", "row", "ms a forward", "over fp32 eager", "over fp32 compiled", "SQNR dB", "file MB"]
+    table = []
     for row in rows:
         ratios = [f"{row[f'over_fp32_{way}_p50']}x" if row[f"over_fp32_{way}_p50"] else "" for way in WAYS]
         cells = [row["model"], row["tokens"], f"{row['system']}, {row['way']}"]
         cells += [f"{row['ms_p50']} ({row['ms_p20']} to {row['ms_p80']})", *ratios, row["sqnr_db"]]
-        cells.append(f"{int(row['file_bytes']) / 1e6:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        table.append([*cells, f"{int(row['file_bytes']) / 1e6:.2f}"])
+    return markdown(about, columns, table)
 
 
 # by file: mark that a table stands behind, and what makes it
