@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from smi_fast.model.from_timm import from_timm
 from smi_fast.model.sparse_vit import SparseViT
@@ -43,6 +44,18 @@ def make_model() -> Callable[..., SparseViT]:
         return from_timm(build_vit(**options).double(), info).with_dtype(dtype)
 
     return make
+
+
+@pytest.fixture
+def model(make_model: Callable[..., SparseViT]) -> SparseViT:
+    """`SparseViT` of `build_vit` in float32."""
+    return make_model(torch.float32)
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    """Six images for it."""
+    return torch.randn(6, 3, 24, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="session", autouse=True)

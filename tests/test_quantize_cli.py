@@ -17,6 +17,7 @@ from smi_fast.images import SparseImages
 from smi_fast.kernels.grid import Grid
 from smi_fast.model import SparseViT, load_model
 from smi_fast.quantize import load_quantized
+from smi_fast.quantize.execute import LowBitViT
 from tests.fakes import make_images
 
 
@@ -191,8 +192,8 @@ def test_bad_images(images: SparseImages, data: FakeImages, tmp_path: Path, caps
 def test_execution_in_8_bits(data: FakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, int]] = []
 
-    def report(model: Any, mode: str, batches: Any, pixels: Tensor) -> dict[str, Any]:
-        seen.append((mode, len(pixels)))
+    def report(model: Any, low: LowBitViT, pixels: Tensor) -> dict[str, Any]:
+        seen.append((low.mode, len(pixels)))
         return {"words": "Real execution"}
 
     monkeypatch.setattr(sys.modules["smi_fast.cli.real"], "real_report", report)

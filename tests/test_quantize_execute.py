@@ -21,16 +21,6 @@ Make = Callable[..., SparseViT]
 INT8_MODES = ("dynamic", "static")
 
 
-@pytest.fixture
-def model(make_model: Make) -> SparseViT:
-    return make_model(torch.float32)
-
-
-@pytest.fixture
-def pixels() -> Tensor:
-    return torch.randn(6, 3, 24, 32, generator=torch.Generator().manual_seed(0))
-
-
 def ready(model: SparseViT, mode: str, pixels: Tensor) -> execute.LowBitViT:
     return to_low_bit(model, mode, [(pixels, None)])
 

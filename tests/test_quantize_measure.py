@@ -14,29 +14,19 @@ from smi_fast.quantize.measure import Timing, first_run, quantiles, real_report,
 Make = Callable[..., SparseViT]
 
 
-@pytest.fixture
-def model(make_model: Make) -> SparseViT:
-    return make_model(torch.float32)
-
-
-@pytest.fixture
-def pixels() -> Tensor:
-    return torch.randn(6, 3, 24, 32, generator=torch.Generator().manual_seed(0))
-
-
 def test_the_report_says_what_was_measured(model: SparseViT, pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     spent = {"eager float32": [1.0, 2.0, 3.0], "eager real": [2.0, 2.0, 2.0]}
     monkeypatch.setattr(measure, "take_turns", lambda systems, *_: spent)
     labels = model(pixels)[0].argmax(1)
     labels[0] = (labels[0] + 1) % 5
-    report = real_report(model, "static", [(pixels, None)], pixels, labels, Timing(3, compiled=False))
+    low = to_low_bit(model, "static", [(pixels, None)])
+    report = real_report(model, low, pixels, labels, Timing(3, compiled=False))
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert (report["execution"], report["mode"], len(report["layers"]["int8"])) == ("real", "static", 9)
     assert report["accuracy"]["float32"] == pytest.approx(5 / 6)
     assert report["speed"]["eager"]["times_faster"]["p50"] == 1.0
     assert report["speed"]["eager"]["float32_ms"]["p50"] == 2000.0
     assert report["bytes"]["ratio"] == report["bytes"]["float32"] / report["bytes"]["real"] > 1
-    low = to_low_bit(model, "static", [(pixels, None)])
     assert report["sqnr_db"] == pytest.approx(signal_to_noise(low(pixels), model(pixels)[0]), abs=1e-2)
     assert "Real execution, not simulated" in report["words"]
     assert "as fast as float32 (1.00 times" in report["words"]
@@ -47,7 +37,7 @@ def test_the_report_says_whether_it_is_faster(
     model: SparseViT, pixels: Tensor, monkeypatch: pytest.MonkeyPatch, real: list[float], words: str
 ) -> None:
     monkeypatch.setattr(measure, "take_turns", lambda *_: {"eager float32": [1.0] * 3, "eager real": real})
-    assert words in real_report(model, "dynamic", (), pixels, timing=Timing(3, compiled=False))["words"]
+    assert words in real_report(model, to_low_bit(model, "dynamic"), pixels, timing=Timing(3, compiled=False))["words"]
 
 
 def test_a_compiler_that_fails_is_reported(model: SparseViT, pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +45,7 @@ def test_a_compiler_that_fails_is_reported(model: SparseViT, pixels: Tensor, mon
         raise RuntimeError("no compiler\nhere")
 
     monkeypatch.setattr(measure, "first_run", fail)
-    report = real_report(model, "dynamic", (), pixels, timing=Timing(1))
+    report = real_report(model, to_low_bit(model, "dynamic"), pixels, timing=Timing(1))
     assert report["speed"]["compiled"] == {"why_not": "RuntimeError: no compiler"}
     assert "compiled it does not run (RuntimeError: no compiler)" in report["words"]
 
@@ -79,8 +69,10 @@ def test_figures() -> None:
 
 
 def test_other_precisions_are_refused(make_model: Make, pixels: Tensor) -> None:
+    model = make_model(torch.bfloat16)
+    low = to_low_bit(model, "dynamic")
     with pytest.raises(ValueError, match="model is bfloat16: must be float32"):
-        real_report(make_model(torch.bfloat16), "dynamic", (), pixels)
+        real_report(model, low, pixels)
 
 
 @pytest.mark.compiled

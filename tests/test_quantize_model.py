@@ -43,11 +43,6 @@ def noise(model: SparseViT, count: int = 8) -> Calibration:
     return Calibration.gaussian(model.grid, count, 5)
 
 
-@pytest.fixture
-def model(make_model: Make) -> SparseViT:
-    return make_model(torch.float32)
-
-
 @pytest.mark.parametrize("scheme", ["paper", "psaq"])
 def test_quantize(model: SparseViT, scheme: str) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -21,11 +21,6 @@ GRID = Grid(24, 32, 8)  # of `make_model`
 
 
 @pytest.fixture
-def model(make_model: Callable[..., SparseViT]) -> SparseViT:
-    return make_model(torch.float32)
-
-
-@pytest.fixture
 def few_bins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Histograms are quick, and as good where ranges are only compared."""
     monkeypatch.setattr(observers, "BINS", 256)

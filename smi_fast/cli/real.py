@@ -38,4 +38,4 @@ def measure(
     else:
         indices = [i * len(images) // BATCH for i in range(BATCH)]
         pixels, _ = next(images.batches(model.info, model.grid, BATCH, indices))
-    return real_report(model, low.mode, calibration.batches, pixels)
+    return real_report(model, low, pixels)

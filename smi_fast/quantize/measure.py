@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.model.sparse_vit import SparseViT
-from smi_fast.quantize.execute import Batches, LowBitViT, float32_bytes, low_bit_bytes, to_low_bit
+from smi_fast.quantize.execute import LowBitViT, float32_bytes, low_bit_bytes
 from smi_fast.quantize.forward import forward_sites
 from smi_fast.report import device_name
 from smi_fast.versions import versions
@@ -72,40 +72,34 @@ def signal_to_noise(found: Tensor, truth: Tensor) -> float:
 
 @torch.no_grad()
 def real_report(
-    model: SparseViT,
-    mode: str,
-    batches: Batches,
-    pixels: Tensor,
-    labels: Tensor | None = None,
-    timing: Timing = Timing(),
+    model: SparseViT, low: LowBitViT, pixels: Tensor, labels: Tensor | None = None, timing: Timing = Timing()
 ) -> dict[str, Any]:
-    """Execute a model in 8 bits and in float32, and compare them: JSON-able, for ``report.json``.
+    """Run a model in 8 bits and in float32, and compare them: JSON-able, for ``report.json``.
 
     Args:
         model: in float32.
-        mode: as in `to_low_bit`.
-        batches: calibration, as in `to_low_bit`.
+        low: the same in 8 bits, of `to_low_bit`.
         pixels: ``[B, 3, H, W]``, what both are measured on, all patches.
         labels: ``[B]`` true classes of ``pixels``, for accuracy; None where there are none.
         timing: how speed is measured.
 
     Raises:
-        ValueError: as `to_low_bit`; a model that is not in float32; logits that are not finite.
+        ValueError: a model that is not in float32; logits that are not finite.
     """
     if model.precision != "float32":
         raise ValueError(f"model is {model.precision}: must be float32, which 8 bits are compared with")
-    low, pixels = to_low_bit(model, mode, batches), pixels.to(model.device)
+    pixels = pixels.to(model.device)
     truth, found = forward_sites(model, pixels), low(pixels)
     if not (found.isfinite().all() and truth.isfinite().all()):
-        raise ValueError(f"mode={mode!r}: logits of {model.info.name} are not finite")
+        raise ValueError(f"mode={low.mode!r}: logits of {model.info.name} are not finite")
     sqnr = signal_to_noise(found, truth)
     speed = _speed(model, low, pixels, timing)
     sizes = {"float32": len(float32_bytes(model)), "real": len(low_bit_bytes(low))}
     return {
         "execution": "real",
-        "mode": mode,
+        "mode": low.mode,
         "words": _words(low, speed, sizes),
-        "layers": {UNITS[mode]: low.layers},
+        "layers": {UNITS[low.mode]: low.layers},
         "sqnr_db": sqnr if sqnr < float("inf") else None,
         "same_class": _share(found.argmax(1) == truth.argmax(1)),
         "accuracy": None if labels is None else _accuracy(found, truth, labels.to(model.device)),
