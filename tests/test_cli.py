@@ -296,7 +296,7 @@ def test_nan_weights_in_a_checkpoint(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smi_fast.cli.progress.LOG_SECONDS", -1)
+    monkeypatch.setattr("smi_fast.cli.bars.LOG_SECONDS", -1)
     written = io.StringIO()
     stages = plan_stages(64, ((2, 0.5),), 4)
     progress = BarProgress(Console(file=written, width=200), images=2, stages=stages, work=[2.0, 1.0])

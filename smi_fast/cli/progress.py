@@ -4,15 +4,13 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 
+from smi_fast.cli.bars import Bar, minutes_left
 from smi_fast.engine import Progress
 from smi_fast.schedule import Stage
 
-LOG_SECONDS = 60  # between two lines where there is no terminal
 
-
-class BarProgress(Progress):
+class BarProgress(Bar, Progress):
     """Shows what the engine is doing, its loss, its speed and the time left.
 
     Args:
@@ -23,8 +21,8 @@ class BarProgress(Progress):
     """
 
     def __init__(self, console: Console, images: int, stages: tuple[Stage, ...], work: list[float]) -> None:
-        self.console, self.images, self.stages, self.work = console, images, stages, work
-        self.bars = Bars(
+        super().__init__(
+            console,
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
@@ -32,28 +30,18 @@ class BarProgress(Progress):
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
-            console=console,
-            disable=not console.is_terminal,
         )
+        self.images, self.stages, self.work = images, stages, work
         self.total = images * sum(stage.length * cost for stage, cost in zip(stages, work, strict=True))
         self.task = self.bars.add_task("starting", total=self.total, loss="", rate="", left="")
         self.done = 0.0  # work, in the unit of ``work``
         self.seconds, self.resumed = 0.0, time.perf_counter()  # running time so far, and since when it runs again
         self.images_done, self.image_iterations = 0, 0
         self.batch_images, self.stage_index, self.iteration = 0, 0, 0
-        self.logged = time.perf_counter()
-
-    def __enter__(self) -> "BarProgress":
-        self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
 
     def _describe(self, text: str) -> None:
         self.bars.update(self.task, description=text)
-        if not self.console.is_terminal:
-            self.console.print(text, highlight=False)
+        self.say(text)
 
     def group_started(self, index: int, images: int) -> None:
         """The clock runs again."""
@@ -83,17 +71,14 @@ class BarProgress(Progress):
         self.done += steps * self.batch_images * self.work[self.stage_index]
         self.image_iterations += steps * self.batch_images
         seconds = self.seconds + time.perf_counter() - self.resumed
-        left = seconds / self.done * (self.total - self.done)
         fields = {
             "rate": f"{self.image_iterations / seconds:,.0f} image-it/s",
-            "left": f"{int(left) // 60}:{int(left) % 60:02d} left",
+            "left": minutes_left(seconds / self.done * (self.total - self.done)),
         }
         if loss is not None:
             fields["loss"] = f"loss {loss:.3f}"
         self.bars.update(self.task, completed=self.done, **fields)  # type: ignore[arg-type]  # fields are free
-        if not self.console.is_terminal and time.perf_counter() - self.logged > LOG_SECONDS:
-            self.logged = time.perf_counter()
-            self.console.print(f"{self.done / self.total:4.0%}  {'  '.join(fields.values())}", highlight=False)
+        self.say_now_and_then(f"{self.done / self.total:4.0%}  {'  '.join(fields.values())}")
 
     def image_failed(self, image_id: int, iteration: int) -> None:
         """Say it at once; the run goes on."""

@@ -1,10 +1,12 @@
 """The progress bar of commands that go through images."""
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from smi_fast.cli.bars import Bar
 
 
-class WorkBar:
+class WorkBar(Bar):
     """Shows what is done and how long it will take; where there is no terminal, a line at each new piece of work.
 
     Args:
@@ -12,30 +14,20 @@ class WorkBar:
     """
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bars = Progress(
+        super().__init__(
+            console,
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
         )
         self.what = ""
-
-    def __enter__(self) -> "WorkBar":
-        self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """``done`` of ``total`` are behind us."""
         if what != self.what:
             self.what = what
             self.task = self.bars.add_task(what, total=total)
-            if not self.console.is_terminal:
-                self.console.print(what)
+            self.say(what)
         self.bars.update(self.task, completed=done)
