@@ -1,13 +1,16 @@
 """Top-1 of quantized models by what they were calibrated on, as in Table 3 of the paper."""
 
 import argparse
-import csv
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import about, write_csv
+from benchmarks.fused_quantized import FusedViT, check
+from benchmarks.markdown import rows_of
 from benchmarks.quality_images import Source
 from smi_fast.datasets import RealImages, top1
 from smi_fast.quantize import Calibration, QuantConfig, quantize
@@ -16,14 +19,16 @@ KINDS = ("gaussian", "dense", "sparse", "real")
 SETTINGS = (("psaq", 4), ("psaq", 8), ("paper", 8), ("paper", 4))
 ACT_BITS = 8
 CALIBRATION = 32  # images
-BATCH = 64
+BATCH = 100  # divides the test sets of CIFAR-10 and ImageNet: one compilation
 Key = tuple[str, ...]
 
 
 def run(args: argparse.Namespace, source: Source, test: RealImages) -> None:
     """All rows that the CSV does not have yet; one is written as soon as it is known."""
-    path = args.out
-    rows = read(path)
+    path, judge = args.out, Judge(source, test, args.limit)
+    setting = {"teacher": source.teacher.info.name, "data": test_name(test)}
+    setting |= {"images": args.limit or len(test), "iterations": source.iterations}
+    rows = read(path, setting)
     known = {key(row) for row in rows}
     for scheme, weight_bits in [("fp32", 32), *SETTINGS]:
         if args.only and f"{scheme}:{weight_bits}" not in args.only:
@@ -33,11 +38,9 @@ def run(args: argparse.Namespace, source: Source, test: RealImages) -> None:
                 row: dict[str, Any] = {"scheme": scheme, "weights": weight_bits, "calibration": kind, "seed": replicate}
                 if key(row) in known:
                     continue
-                accuracy = measure(source, test, scheme, weight_bits, kind, replicate, args.limit)
-                row |= {"top1": round(accuracy, 5), "teacher": source.teacher.info.name, "data": test_name(test)}
-                row |= {"images": args.limit or len(test), "iterations": source.iterations, **about(args.device)}
-                rows.append(row)
-                print(row, flush=True)
+                row |= judge.float32() if scheme == "fp32" else judge.quantized(scheme, weight_bits, kind, replicate)
+                rows.append(row | setting | about(args.device))
+                print(rows[-1], flush=True)
                 write_csv(rows, path)
 
 
@@ -46,18 +49,45 @@ def test_name(test: RealImages) -> str:
     return test.name.partition(":")[0]
 
 
-@torch.no_grad()
-def measure(
-    source: Source, test: RealImages, scheme: str, bits: int, kind: str, replicate: int, limit: int | None
-) -> float:
-    """Top-1 of the model in float32, or quantized."""
-    teacher = source.teacher
-    if scheme == "fp32":
-        return top1(lambda x: teacher(x.to(teacher.device))[0], test, teacher.info, teacher.grid, limit=limit)
-    images = source.take(kind, replicate, CALIBRATION)
-    calibration = Calibration.from_pixels(images.pixels.to(teacher.device), _on(images.keep, teacher.device), kind)
-    model = quantize(teacher, calibration, QuantConfig(bits, ACT_BITS, scheme))
-    return top1(lambda x: model(x.to(teacher.device)), test, teacher.info, teacher.grid, batch_size=BATCH, limit=limit)
+@dataclass
+class Judge:
+    """Top-1 of models on the same images; a quantized one is compiled at its first use."""
+
+    source: Source
+    test: RealImages
+    limit: int | None
+    fused: FusedViT | None = None
+
+    @torch.no_grad()
+    def float32(self) -> dict[str, Any]:
+        """Of the model as it is."""
+        teacher = self.source.teacher
+        return self._top1(lambda pixels: teacher(pixels)[0]) | {"compiled_sqnr_db": ""}
+
+    @torch.no_grad()
+    def quantized(self, scheme: str, bits: int, kind: str, replicate: int) -> dict[str, Any]:
+        """Of the model calibrated with a replicate's images, and how close the compiled logits are to eager ones."""
+        teacher = self.source.teacher
+        images = self.source.take(kind, replicate, CALIBRATION)
+        calibration = Calibration.from_pixels(images.pixels.to(teacher.device), _on(images.keep, teacher.device), kind)
+        model = quantize(teacher, calibration, QuantConfig(bits, ACT_BITS, scheme))
+        self.fused = self.fused or FusedViT(model)
+        self.fused.load(model)
+        pixels, _ = next(self.test.batches(teacher.info, teacher.grid, BATCH))
+        close = check(self.fused, model, pixels.to(teacher.device))
+        return self._top1(self.fused) | {"compiled_sqnr_db": round(close, 1)}
+
+    def _top1(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        teacher = self.source.teacher
+        found = top1(
+            lambda pixels: forward(pixels.to(teacher.device)),
+            self.test,
+            teacher.info,
+            teacher.grid,
+            batch_size=BATCH,
+            limit=self.limit,
+        )
+        return {"top1": round(found, 5)}
 
 
 def _on(keep: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
@@ -69,9 +99,15 @@ def key(row: dict[str, Any]) -> Key:
     return tuple(str(row[name]) for name in ("scheme", "weights", "calibration", "seed"))
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of an earlier run."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
+def read(path: Path, setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier run.
+
+    Raises:
+        SystemExit: they were measured in another setting.
+    """
+    rows: list[dict[str, Any]] = [*rows_of(path.resolve())]
+    for row in rows:
+        for name, value in setting.items():
+            if row[name] != str(value):
+                raise SystemExit(f"--out {path}: holds rows of {name} {row[name]}, this run has {value}; name another")
+    return rows

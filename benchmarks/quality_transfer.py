@@ -26,7 +26,9 @@ BATCH = 128
 
 def run(args: argparse.Namespace, source: Source, test: RealImages) -> None:
     """All rows that the CSV does not have yet."""
-    rows = read(args.out)
+    setting = {"teacher": source.teacher.info.name, "data": test_name(test)}
+    setting |= {"test_images": len(test), "iterations": source.iterations}
+    rows = read(args.out, setting)
     known = {key(row) for row in rows}
     evaluators: dict[str, Callable[[nn.Module], float]] = {}
     for name in args.students:
@@ -43,8 +45,7 @@ def run(args: argparse.Namespace, source: Source, test: RealImages) -> None:
                     if name not in evaluators:
                         evaluators[name] = evaluator(name, student, test, args)
                     row |= train(name, source, student, images, evaluators[name], replicate)
-                    row |= {"teacher": source.teacher.info.name, "data": test_name(test), "test_images": len(test)}
-                    rows.append(row | {"iterations": source.iterations, **about(args.device)})
+                    rows.append(row | setting | about(args.device))
                     print(rows[-1], flush=True)
                     write_csv(rows, args.out)
 
