@@ -9,13 +9,17 @@ Inverted images are kept in ``--work`` and shared by both; a run that was cut of
 """
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 import torch
 
 from benchmarks import quality_quantize, quality_transfer
 from benchmarks.common import RESULTS, device_argument, positive
+from benchmarks.markdown import rows_of
 from benchmarks.quality_images import Source
+from benchmarks.quality_plot import plot
+from benchmarks.quality_students import STUDENTS
 from smi_fast.datasets import open_dataset
 from smi_fast.model import load_model
 
@@ -31,15 +35,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=positive, help="replicates [default: 5 to quantize, 3 to transfer]")
     parser.add_argument("--limit", type=positive, help="quantize: test images [default: all]")
     parser.add_argument("--only", nargs="*", help="quantize: such as psaq:4 fp32:32 [default: all]")
-    parser.add_argument("--sizes", type=positive, nargs="+", default=[32, 64, 128], help="transfer: images to learn of")
-    parser.add_argument("--students", nargs="+", default=["probe", "scratch"], choices=("probe", "scratch"))
+    parser.add_argument("--sizes", type=positive, nargs="+", default=[16, 32, 64, 128], help="transfer: images")
+    parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=STUDENTS)
     parser.add_argument("--student", default="vit_small_patch14_dinov2", help="timm name of the backbone")
     parser.add_argument("--student-checkpoint", type=Path, help="its weights [default: timm's]")
     parser.add_argument("--student-size", type=positive, default=112, help="side of its images; same grid of patches")
     parser.add_argument("--device", type=device_argument, default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
     parser.add_argument("--out", type=Path, help="CSV")
+    parser.add_argument("--plot", type=Path, help="transfer: a picture of the curves; needs matplotlib")
     args = parser.parse_args()
+    if args.plot and (args.what != "transfer" or importlib.util.find_spec("matplotlib") is None):
+        parser.error("argument --plot: for transfer, and with matplotlib: pip install 'smi-fast[plots]'")
     if args.iterations < 8:
         parser.error(f"--iterations {args.iterations}: must be at least 8, the schedule has four stops")
     args.sizes = sorted(args.sizes)
@@ -57,6 +64,9 @@ def main() -> None:
         raise SystemExit(f"--data {args.data}: {test.num_classes} classes, {args.teacher} knows others")
     source = Source(teacher, train, args.work, args.images, args.iterations)
     (quality_quantize if args.what == "quantize" else quality_transfer).run(args, source, test)
+    if args.plot:
+        plot(rows_of(args.out.resolve()), args.plot)
+        print(f"drawn to {args.plot}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""The curves of `benchmarks.quality_transfer`, as in Figure 4 of the paper."""
+
+import statistics
+from pathlib import Path
+
+from benchmarks.markdown import Row
+
+AXES = {"images": "images", "seconds": "seconds to invert and train"}
+
+
+def points(rows: list[Row], axis: str) -> list[tuple[float, float, float]]:
+    """Means over the replicates, one a number of images: images or seconds, top-1, and its standard deviation."""
+    found = []
+    for count in sorted({int(row["images"]) for row in rows}):
+        some = [row for row in rows if int(row["images"]) == count]
+        values = [float(row["top1"]) for row in some]
+        seconds = statistics.mean(float(row["inversion_s"]) + float(row["training_s"]) for row in some)
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        found.append((seconds if axis == "seconds" else float(count), statistics.mean(values), deviation))
+    return found
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """A row of panels a student that learned from more than one number of images; a curve a kind of images."""
+    from matplotlib.figure import Figure
+
+    students = [
+        name
+        for name in dict.fromkeys(row["student"] for row in rows)
+        if len({row["images"] for row in rows if row["student"] == name}) > 1
+    ]
+    figure = Figure(figsize=(9, 3.2 * len(students)), layout="constrained")
+    for line, student in zip(figure.subplots(len(students), 2, squeeze=False), students, strict=True):
+        for panel, axis in zip(line, AXES, strict=True):
+            for kind in dict.fromkeys(row["kind"] for row in rows):
+                some = [row for row in rows if (row["student"], row["kind"]) == (student, kind)]
+                x, mean, deviation = zip(*points(some, axis), strict=True)
+                panel.errorbar(x, mean, deviation, marker="o", capsize=2, label=kind)
+            panel.set(xlabel=AXES[axis], ylabel="top-1", title=f"student: {student}", xscale="log")
+    figure.axes[0].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
