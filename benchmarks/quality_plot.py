@@ -1,6 +1,7 @@
 """The curves of `benchmarks.quality_transfer`, as in Figure 4 of the paper."""
 
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.markdown import Row
@@ -8,15 +9,25 @@ from benchmarks.markdown import Row
 AXES = {"images": "images", "seconds": "seconds to invert and train"}
 
 
-def points(rows: list[Row], axis: str) -> list[tuple[float, float, float]]:
-    """Means over the replicates, one a number of images: images or seconds, top-1, and its standard deviation."""
+@dataclass(frozen=True)
+class Point:
+    """Of a curve: means over the replicates at a number of images."""
+
+    images: int
+    seconds: float
+    top1: float
+    deviation: float  # of top-1
+
+
+def points(rows: list[Row]) -> list[Point]:
+    """The curve of one student and one kind of images, by number of images."""
     found = []
     for count in sorted({int(row["images"]) for row in rows}):
         some = [row for row in rows if int(row["images"]) == count]
         values = [float(row["top1"]) for row in some]
         seconds = statistics.mean(float(row["inversion_s"]) + float(row["training_s"]) for row in some)
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        found.append((seconds if axis == "seconds" else float(count), statistics.mean(values), deviation))
+        found.append(Point(count, seconds, statistics.mean(values), deviation))
     return found
 
 
@@ -33,9 +44,9 @@ def plot(rows: list[Row], path: Path) -> None:
     for line, student in zip(figure.subplots(len(students), 2, squeeze=False), students, strict=True):
         for panel, axis in zip(line, AXES, strict=True):
             for kind in dict.fromkeys(row["kind"] for row in rows):
-                some = [row for row in rows if (row["student"], row["kind"]) == (student, kind)]
-                x, mean, deviation = zip(*points(some, axis), strict=True)
-                panel.errorbar(x, mean, deviation, marker="o", capsize=2, label=kind)
+                curve = points([row for row in rows if (row["student"], row["kind"]) == (student, kind)])
+                x, top1 = [getattr(point, axis) for point in curve], [point.top1 for point in curve]
+                panel.errorbar(x, top1, [point.deviation for point in curve], marker="o", capsize=2, label=kind)
             panel.set(xlabel=AXES[axis], ylabel="top-1", title=f"student: {student}", xscale="log")
     figure.axes[0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -108,6 +108,7 @@ def read(path: Path, setting: dict[str, Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [*rows_of(path.resolve())]
     for row in rows:
         for name, value in setting.items():
-            if row[name] != str(value):
-                raise SystemExit(f"--out {path}: holds rows of {name} {row[name]}, this run has {value}; name another")
+            other = row.get(name)
+            if other != str(value):
+                raise SystemExit(f"--out {path}: holds rows of {name} {other}, this run has {value}; name another")
     return rows

@@ -3,6 +3,7 @@
 import statistics
 
 from benchmarks.markdown import Row, markdown, rows_of
+from benchmarks.quality_plot import points
 
 NOT_MEASURED = "Not measured yet.\n"
 CALIBRATIONS = ("gaussian", "dense", "sparse", "real")
@@ -47,11 +48,41 @@ def transfer_table() -> str:
     if not rows:
         return NOT_MEASURED
     sizes = sorted({int(row["images"]) for row in rows})
-    columns = ["student", "images", *(f"{size} images" for size in sizes), "s an image to invert"]
+    columns = ["student", "images", *(f"{size} images" for size in sizes), "same kind", "s an image to invert"]
     table = []
-    for student, kind in dict.fromkeys((row["student"], row["kind"]) for row in rows):
+    for student, kind in groups(rows):
         mine = [row for row in rows if (row["student"], row["kind"]) == (student, kind)]
         cells = [spread([float(row["top1"]) for row in mine if int(row["images"]) == size]) for size in sizes]
+        agreed = [float(row["same_kind"]) for row in mine if int(row["images"]) == sizes[-1] and row["same_kind"]]
         each = statistics.median(float(row["inversion_s"]) / int(row["images"]) for row in mine)
-        table.append([student, kind, *cells, f"{each:.2f}" if each else ""])
+        agreed_cell = f"{statistics.mean(agreed) * 100:.0f}" if agreed else ""
+        table.append([student, kind, *cells, agreed_cell, f"{each:.2f}" if each else ""])
     return markdown(about(rows[0], rows[0]["test_images"]), columns, table)
+
+
+def groups(rows: list[Row]) -> list[tuple[str, str]]:
+    """Students and kinds of images, in the order they were measured."""
+    return [*dict.fromkeys((row["student"], row["kind"]) for row in rows)]
+
+
+def reach_table() -> str:
+    """As Table 5 of the paper: what each kind of images takes to be as good as the most dense ones."""
+    rows = rows_of("quality-transfer-demo.csv")
+    if not rows:
+        return NOT_MEASURED
+    table = []
+    for student, kind in groups(rows):
+        curves = {
+            name: points([row for row in rows if (row["student"], row["kind"]) == (student, name)])
+            for name in ("dense", kind)
+        }
+        if len(curves[kind]) < 2:
+            continue
+        aim = curves["dense"][-1].top1
+        there = next((point for point in curves[kind] if point.top1 >= aim), None)
+        iterations = "" if kind not in ("dense", "sparse") else rows[0]["iterations"]
+        cells = [str(there.images), iterations, f"{there.seconds:.0f}"] if there else ["not reached", "", ""]
+        table.append([student, f"{aim * 100:.2f}", kind, *cells])
+    heading = "Top-1 of the most dense images, and the fewest images of each kind that reach it, replicates averaged."
+    columns = ["student", "top-1 of dense", "kind", "images", "iterations each", "seconds to invert and train"]
+    return markdown(heading, columns, table)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.markdown import NOT_MEASURED, markdown, rows_of
-from benchmarks.quality_tables import quantize_table, transfer_table
+from benchmarks.quality_tables import quantize_table, reach_table, transfer_table
 from benchmarks.scaling import exponents
 from benchmarks.techniques import WATERFALL
 
@@ -182,6 +182,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "int8 on a CPU": lambda: int8_table("cpu"),
         "quantized models": quantize_table,
         "students": transfer_table,
+        "images to match dense ones": reach_table,
         "scaling on a GPU": lambda: scaling_table("cuda"),
         "scaling on a CPU": lambda: scaling_table("cpu"),
     },
