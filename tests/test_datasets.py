@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from smi_fast.datasets import cifar10, open_dataset, random_indices, top1
+from smi_fast.datasets.folder import FolderImages
 from smi_fast.datasets.real_images import TensorImages
 from smi_fast.kernels.grid import Grid
 from smi_fast.model.spec import ModelInfo
@@ -36,6 +38,9 @@ def test_the_npm_form(npm_root: Path) -> None:
     rows = np.random.default_rng(0).integers(0, 256, (10000, 32, 32, 3), dtype=np.uint8)
     assert torch.equal(pixels, torch.from_numpy(rows).permute(0, 3, 1, 2))
     assert labels.tolist()[:12] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert Image.MAX_IMAGE_PIXELS is not None, "the guard against huge pictures is lifted for these files alone"
+    images = open_dataset(f"cifar10:{npm_root}")
+    assert (len(images), images.class_names) == (10000, cifar10.CLASSES), "the test split, where none is asked for"
 
 
 def test_a_damaged_file_is_refused(npm_root: Path) -> None:
@@ -104,6 +109,14 @@ def test_pixels_are_resized_and_normalised() -> None:
     assert (found - exact).abs().max() < 1e-5
 
 
+def test_pixels_are_averaged_where_they_shrink() -> None:
+    pixels = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+    images = TensorImages("x", pixels, torch.zeros(1, dtype=torch.int64), ("a",))
+    ((found, _),) = images.batches(ModelInfo("x", "", (0, 0, 0), (1, 1, 1)), Grid(4, 4, 4), 1)
+    exact = F.interpolate(pixels.double() / 255, (4, 4), mode="bilinear", antialias=True)
+    assert (found - exact).abs().max() < 1e-5
+
+
 def write_pictures(root: Path, classes: int = 3) -> None:
     for label in range(classes):
         (root / f"class{label}").mkdir(parents=True)
@@ -118,9 +131,35 @@ def test_a_folder_a_class(tmp_path: Path) -> None:
     assert (images.labels.tolist(), images.num_classes) == ([0, 0, 1, 1, 2, 2], 3)
     (pixels, labels), rest = images.batches(INFO, Grid(16, 16, 4), 4)
     assert (pixels.shape, labels.tolist(), len(rest[1])) == ((4, 3, 16, 16), [0, 0, 1, 1], 2)
+    assert rest[1].tolist() == [2, 2]
     for label, image in zip(labels.tolist(), pixels, strict=True):
         exact = torch.tensor([100 * label / 255, 10 / 255, 200 / 255]).sub(torch.tensor(INFO.mean))
         assert (image - (exact / torch.tensor(INFO.std)).view(3, 1, 1)).abs().max() < 1e-5
+
+
+def test_what_lies_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path, classes=2)
+    (tmp_path / "a folder without pictures").mkdir()
+    (tmp_path / "class0" / "notes.txt").write_text("no picture")
+    Image.new("L", (40, 30), 50).save(tmp_path / "class0" / "grey.png")
+    Image.new("RGBA", (40, 30), (1, 2, 3, 4)).save(tmp_path / "class0" / "glass.png")
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(listed(self), reverse=True)))
+    images = open_dataset(f"folder:{tmp_path}")
+    assert isinstance(images, FolderImages)
+    assert images.class_names == ("class0", "class1")
+    assert [path.name for path in images.paths] == ["0.png", "1.png", "glass.png", "grey.png", "0.png", "1.png"]
+    ((pixels, labels),) = images.batches(INFO, Grid(16, 16, 4), 6)
+    assert (pixels.shape, labels.tolist()) == ((6, 3, 16, 16), [0, 0, 0, 0, 1, 1])
+
+
+def test_the_splits_of_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["smi_fast.datasets.open"], "IMAGENET_CLASSES", 3)
+    write_pictures(tmp_path / "train")
+    write_pictures(tmp_path / "val")
+    (tmp_path / "val" / "class0" / "0.png").unlink()
+    sizes = [len(open_dataset(f"imagenet:{tmp_path}", train=train)) for train in (False, True)]
+    assert sizes == [5, 6]
 
 
 def test_pictures_are_transformed_as_timm_evaluates(tmp_path: Path) -> None:
@@ -164,6 +203,7 @@ def test_accuracy_counts_hits() -> None:
     assert top1(run, images, INFO, grid, batch_size=4, progress=seen.append) == pytest.approx(0.8)
     assert seen == [4, 8, 10]
     assert top1(run, images, INFO, grid, limit=5) == pytest.approx(0.8)  # labels 0, 2, 4, 1, 3, of which 4 is missed
+    assert top1(run, images, INFO, grid, limit=6) == 1  # labels 0, 1, 3, 0, 1, 3: evenly spread, without a 4
 
 
 def test_accuracy_refuses(tmp_path: Path) -> None:
