@@ -48,6 +48,10 @@ def plot(rows: list[Row], path: Path) -> None:
                 x, top1 = [getattr(point, axis) for point in curve], [point.top1 for point in curve]
                 panel.errorbar(x, top1, [point.deviation for point in curve], marker="o", capsize=2, label=kind)
             panel.set(xlabel=AXES[axis], ylabel="top-1", title=f"student: {student}", xscale="log")
+            if axis == "images":
+                counts = sorted({int(row["images"]) for row in rows if row["student"] == student})
+                panel.set_xticks(counts, counts, minor=False)
+                panel.set_xticks([], minor=True)
     figure.axes[0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import common, scaling, table
+from benchmarks import common, markdown, scaling, table
 from smi_fast.model.from_timm import from_timm
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.model.spec import ModelInfo
@@ -64,7 +64,7 @@ def test_every_axis_has_rows_and_exponents(
     with (tmp_path / "scaling-cpu.csv").open() as file:
         again = list(csv.DictReader(file))
     assert scaling.exponents(again) == fits
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path)
     lines = table.scaling_table("cpu").splitlines()
     assert len([line for line in lines if line.startswith("|")]) == 2 + 4
     assert f"| {fits['sparsity'][0]:.2f} | {fits['sparsity'][1]:.2f} |" in next(x for x in lines if "| sparsity" in x)
