@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Callable, Iterator
 from importlib import resources
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,13 +28,14 @@ def make_student(name: str, args: argparse.Namespace, source: Source, seed: int)
     teacher = source.teacher
     classes, device, info = teacher.shape.num_classes, teacher.device, teacher.info
     if name == "probe":
-        size, file = args.student_size, args.student_checkpoint
+        file: Path | None = args.student_checkpoint
+        known: dict[str, Any] = {"pretrained": True} if file is None else {"checkpoint": file}
         return build_student(
-            args.student, classes, img_size=size, checkpoint=file, new_head=True, seed=seed, device=device
+            args.student, classes, img_size=args.student_size, **known, new_head=True, seed=seed, device=device
         )
     if name == "own":
         with resources.as_file(resources.files("smi_fast.model") / "assets" / "demo.safetensors") as demo:
-            known = {"checkpoint": demo} if info.name == "demo" else {"pretrained": True}
+            known = {"checkpoint": Path(demo)} if info.name == "demo" else {"pretrained": True}
             return build_student(info.name, classes, **known, new_head=True, seed=seed, device=device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

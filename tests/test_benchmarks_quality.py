@@ -1,7 +1,9 @@
 """What `benchmarks.quality` says of its rows, and that what it compiles is the quantized model."""
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from benchmarks.common import write_csv
 from benchmarks.fused_quantized import FusedViT, check
 from benchmarks.quality_plot import plot, points
 from benchmarks.quality_quantize import read
+from benchmarks.quality_students import backbone, make_student
 from benchmarks.quality_tables import quantize_table, reach_table, spread, transfer_table
+from smi_fast.model import load_model
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.quantize import Calibration, QuantConfig, QuantizedViT, quantize
 
@@ -107,3 +111,23 @@ def test_written_out_fake_quantization_is_that_of_torch(quantized: Callable[...,
         assert check(fused, other, pixels) == float("inf")
     with pytest.raises(AssertionError, match="compiled logits have"):
         check(fused, quantized(0), pixels)
+
+
+@torch.no_grad()
+def test_students(tmp_path: Path) -> None:
+    teacher = load_model("demo")
+    source: Any = SimpleNamespace(teacher=teacher)
+    args = argparse.Namespace(student="demo", student_size=None, student_checkpoint=tmp_path / "none.safetensors")
+    pixels = torch.randn(2, 3, 32, 32)
+    own = make_student("own", args, source, 0).vit.eval()
+    own.head.load_state_dict({"weight": teacher.heads[0].weight, "bias": teacher.heads[0].bias})
+    assert (own(pixels) - teacher(pixels)[0]).abs().max() < 1e-4, "the teacher's weights, but for the head"
+    for name, alike in (("own", True), ("scratch", False)):
+        first, second = (make_student(name, args, source, seed) for seed in (0, 1))
+        assert (backbone(first) == backbone(second)) is alike
+        assert not torch.equal(first.vit.head.weight, second.vit.head.weight), "a new head a replicate"
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        make_student("probe", args, source, 0)
+    args.student, args.student_checkpoint = "vit_tiny_patch16_224", None
+    with pytest.raises(ConnectionError, match="pretrained weights could not be fetched"):
+        make_student("probe", args, source, 0)
