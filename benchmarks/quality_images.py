@@ -84,6 +84,11 @@ class Source:
         return SparseImages.load(path), json.loads(notes.read_text())["seconds"]
 
 
+def test_name(test: RealImages) -> str:
+    """The kind of dataset, without the folder of whoever ran this."""
+    return test.name.partition(":")[0]
+
+
 def stops_for(iterations: int) -> tuple[tuple[int, float], ...]:
     """The paper's stops, or those of a short run, at 1, 2, 4 and 6 eighths of it."""
     if iterations >= 1000:

@@ -11,7 +11,7 @@ import torch
 from benchmarks.common import about, write_csv
 from benchmarks.fused_quantized import FusedViT, check
 from benchmarks.markdown import rows_of
-from benchmarks.quality_images import Source
+from benchmarks.quality_images import Source, test_name
 from smi_fast.datasets import RealImages, top1
 from smi_fast.quantize import Calibration, QuantConfig, quantize
 
@@ -42,11 +42,6 @@ def run(args: argparse.Namespace, source: Source, test: RealImages) -> None:
                 rows.append(row | setting | about(args.device))
                 print(rows[-1], flush=True)
                 write_csv(rows, path)
-
-
-def test_name(test: RealImages) -> str:
-    """The kind of dataset, without the folder of whoever ran this."""
-    return test.name.partition(":")[0]
 
 
 @dataclass

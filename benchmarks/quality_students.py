@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.quality_images import Source
+from benchmarks.quality_images import Source, test_name
 from smi_fast.datasets import RealImages
 from smi_fast.distill import Student, build_student, probe_features
 from smi_fast.model.from_timm import weights_sha256
@@ -63,7 +63,7 @@ def judge(name: str, student: Student, test: RealImages, args: argparse.Namespac
             return share(found == labels)
 
         return dense
-    path = args.work / f"{test.name.partition(':')[0]}-{len(test)}-{backbone(student)}.safetensors"
+    path = args.work / f"{test_name(test)}-{len(test)}-{backbone(student)}.safetensors"
     if not path.exists():
         print(f"features of {len(test)} test images", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)

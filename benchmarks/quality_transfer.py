@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import about, write_csv
-from benchmarks.quality_images import KINDS, Images, Source
-from benchmarks.quality_quantize import read, test_name
+from benchmarks.quality_images import KINDS, Images, Source, test_name
+from benchmarks.quality_quantize import read
 from benchmarks.quality_students import Judge, judge, make_student, share
 from smi_fast.datasets import RealImages
 from smi_fast.distill import DistillConfig, ImageSet, Student, Trainer
