@@ -106,4 +106,6 @@ def read(path: Path, setting: dict[str, Any]) -> list[dict[str, Any]]:
             other = row.get(name)
             if other != str(value):
                 raise SystemExit(f"--out {path}: holds rows of {name} {other}, this run has {value}; name another")
+    if rows:
+        print(f"{len(rows)} rows are in {path} already, and are not measured again", flush=True)
     return rows
