@@ -31,10 +31,7 @@ class FusedViT(nn.Module):
     def load(self, quantized: QuantizedViT) -> None:
         """Take over its weights and numbers, in place: compiled code goes on to read them from here."""
         self.model.load_state_dict(quantized.model.state_dict())
-        rows = [
-            [1 / a.scale, a.scale, *(torch.tensor(float(v)) for v in (a.zero_point, a.qmin, a.qmax))]
-            for a in quantized.activations.values()
-        ]
+        rows = [(1 / a.scale, a.scale, a.zero_point, a.qmin, a.qmax) for a in quantized.activations.values()]
         self.numbers.copy_(torch.tensor([[float(value) for value in row] for row in rows]))
 
     def site(self, name: str, tensor: Tensor) -> Tensor:

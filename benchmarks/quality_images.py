@@ -29,10 +29,10 @@ class Images:
 
 @dataclass(frozen=True)
 class Source:
-    """Gives the images of a kind; replicates do not share one.
+    """Gives the images of a kind.
 
     An inverted image hangs on its seed and id alone, so the replicates are disjoint parts of one set, which is made
-    once and kept in ``folder``.
+    once and kept in ``folder``. Replicates of real images are drawn anew, and may share a few.
     """
 
     teacher: SparseViT  # in float32
