@@ -20,15 +20,14 @@ from smi_fast.config import PAPER_STOPS, InversionConfig
 from smi_fast.engine.compiler import compile_step
 from smi_fast.engine.state import State, new_state, stop_patches
 from smi_fast.engine.step import build_step
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 from smi_fast.model.checkpoint import read_state_dict
 from smi_fast.model.from_timm import from_timm
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.model.spec import ModelInfo
 from smi_fast.priors import priors_of
-from smi_fast.report import device_name
 from smi_fast.schedule import plan_stages
-from smi_fast.versions import versions
+from smi_fast.storage.environment import device_name, versions
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

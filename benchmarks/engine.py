@@ -40,11 +40,11 @@ from benchmarks.common import (
     write_csv,
 )
 from smi_fast.config import InversionConfig
-from smi_fast.flops import iteration_flops
 from smi_fast.kernels.patch_cells import put_patches_
+from smi_fast.model.flops import iteration_flops
 from smi_fast.model.from_timm import from_timm
 from smi_fast.model.spec import ModelInfo
-from smi_fast.report import peak_memory_bytes
+from smi_fast.storage.environment import peak_memory_bytes
 
 
 @dataclass(frozen=True)

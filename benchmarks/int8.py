@@ -24,7 +24,7 @@ from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.quantize.execute import MODES, LowBitViT, float32_bytes, low_bit_bytes, to_low_bit, why_not_real
 from smi_fast.quantize.forward import forward_sites
 from smi_fast.quantize.measure import Forward, compiled, quantiles, signal_to_noise, take_turns
-from smi_fast.versions import versions
+from smi_fast.storage.environment import versions
 
 MODELS = ("demo", "deit_tiny_patch16_224")
 # of logits, in decibels: an error of a tenth; 8 bits on images like the calibration's leave less

@@ -17,7 +17,7 @@ from smi_fast.kernels.adam_update import (
     adam_update,
 )
 from smi_fast.kernels.cls_attention import cls_attention, cls_attention_reference
-from smi_fast.kernels.grid import Grid, slot_of_patch
+from smi_fast.kernels.common.grid import Grid, slot_of_patch
 from smi_fast.kernels.patch_cells import put_patches_reference, take_patches_reference
 from smi_fast.kernels.patch_gather import patch_gather, patch_gather_reference
 from smi_fast.kernels.patch_mask import composite, patch_mask_reference

@@ -32,9 +32,9 @@ from benchmarks.common import (
     write_csv,
 )
 from benchmarks.kernel_cases import Op, Shape, all_ops
-from smi_fast.kernels.configs import tuned_table
-from smi_fast.kernels.grid import Grid
-from smi_fast.versions import versions
+from smi_fast.kernels.common.configs import tuned_table
+from smi_fast.kernels.common.grid import Grid
+from smi_fast.storage.environment import versions
 
 MODELS = ((Grid(224, 224, 16), 12), (Grid(32, 32, 4), 3))  # DeiT-Base and the bundled teacher: grid, heads
 DTYPES = (torch.bfloat16, torch.float32)

@@ -11,8 +11,8 @@ from smi_fast.config import PAPER_STOPS, InversionConfig
 from smi_fast.datasets import RealImages, random_indices
 from smi_fast.engine import Inverter
 from smi_fast.images import SparseImages
-from smi_fast.images.files import write_json
 from smi_fast.model import SparseViT, load_model
+from smi_fast.storage.files import write_json
 
 KINDS = ("gaussian", "dense", "sparse", "real", "real, pruned")
 BATCH = 64

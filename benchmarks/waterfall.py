@@ -29,8 +29,8 @@ from benchmarks.common import (
 )
 from benchmarks.techniques import WATERFALL, Bench, Technique
 from smi_fast.config import PAPER_STOPS
-from smi_fast.report import peak_memory_bytes
 from smi_fast.schedule import Stage, plan_stages
+from smi_fast.storage.environment import peak_memory_bytes
 
 ITERATIONS = 4000
 

@@ -31,11 +31,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.check import BOOL, EXACT, FLOATS, IDS, check
-from smi_fast.kernels.configs import best
-from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
-from smi_fast.kernels.grid import Grid
-from smi_fast.kernels.launch import Config, Launch
+from smi_fast.kernels.common.check import BOOL, EXACT, FLOATS, IDS, check
+from smi_fast.kernels.common.configs import best
+from smi_fast.kernels.common.dispatch import Impl, choose, tl, triton, why_not_triton
+from smi_fast.kernels.common.grid import Grid
+from smi_fast.kernels.common.launch import Config, Launch
 from smi_fast.kernels.patch_cells import put_patches_
 from smi_fast.kernels.patch_ungather import covering_offset, own_pixels, patch_ungather, shift_remainder
 from smi_fast.kernels.total_variation import (

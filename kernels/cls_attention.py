@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.check import FLOATS, check
-from smi_fast.kernels.configs import best
-from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
-from smi_fast.kernels.launch import Arguments, Config, Launch
+from smi_fast.kernels.common.check import FLOATS, check
+from smi_fast.kernels.common.configs import best
+from smi_fast.kernels.common.dispatch import Impl, choose, tl, triton, why_not_triton
+from smi_fast.kernels.common.launch import Arguments, Config, Launch
 
 MOST_QUERIES, MOST_WIDTH, MOST_TOKENS = 8, 256, 2048
 TILE_BYTES = 64 * 1024  # of keys under one query; as many of values lie beside them in registers

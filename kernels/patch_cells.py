@@ -10,8 +10,8 @@ and stays outside compiled graphs: as a functional op it cost two copies of the 
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.check import FLOATS, IDS, Expected, check
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.check import FLOATS, IDS, Expected, check
+from smi_fast.kernels.common.grid import Grid
 
 
 def _cells(canvas: Tensor, grid: Grid) -> Tensor:

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.check import BOOL, EXACT, FLOATS, IDS, check
-from smi_fast.kernels.configs import best
-from smi_fast.kernels.dispatch import Impl, choose, tl, triton
-from smi_fast.kernels.grid import Grid, slot_of_patch, split_shift
-from smi_fast.kernels.launch import Config, Launch
+from smi_fast.kernels.common.check import BOOL, EXACT, FLOATS, IDS, check
+from smi_fast.kernels.common.configs import best
+from smi_fast.kernels.common.dispatch import Impl, choose, tl, triton
+from smi_fast.kernels.common.grid import Grid, slot_of_patch, split_shift
+from smi_fast.kernels.common.launch import Config, Launch
 from smi_fast.kernels.patch_ungather import own_pixels, patch_scatter, shift_remainder, wrapped
 
 

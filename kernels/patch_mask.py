@@ -18,11 +18,11 @@ what is apart from ``u_i``), and ``s_i``, the sum of squares about it. They are 
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.check import FLOATS, check
-from smi_fast.kernels.configs import best
-from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
-from smi_fast.kernels.grid import Grid, slot_of_patch
-from smi_fast.kernels.launch import Arguments, Config, Launch
+from smi_fast.kernels.common.check import FLOATS, check
+from smi_fast.kernels.common.configs import best
+from smi_fast.kernels.common.dispatch import Impl, choose, tl, triton, why_not_triton
+from smi_fast.kernels.common.grid import Grid, slot_of_patch
+from smi_fast.kernels.common.launch import Arguments, Config, Launch
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 COLOURS = (*FLOATS, torch.uint8)

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smi_fast.kernels.check import BOOL, FLOATS, IDS, check
-from smi_fast.kernels.configs import best
-from smi_fast.kernels.dispatch import Impl, choose, tl, triton
-from smi_fast.kernels.grid import Grid, split_shift
-from smi_fast.kernels.launch import Config, Launch
+from smi_fast.kernels.common.check import BOOL, FLOATS, IDS, check
+from smi_fast.kernels.common.configs import best
+from smi_fast.kernels.common.dispatch import Impl, choose, tl, triton
+from smi_fast.kernels.common.grid import Grid, split_shift
+from smi_fast.kernels.common.launch import Config, Launch
 
 
 def patch_ungather_reference(

@@ -18,10 +18,10 @@ Bytes of ``remap``: each row that goes on is read once and written once, 16 byte
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.check import EXACT, IDS, check
-from smi_fast.kernels.configs import best
-from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
-from smi_fast.kernels.launch import Arguments, Config, Launch
+from smi_fast.kernels.common.check import EXACT, IDS, check
+from smi_fast.kernels.common.configs import best
+from smi_fast.kernels.common.dispatch import Impl, choose, tl, triton, why_not_triton
+from smi_fast.kernels.common.launch import Arguments, Config, Launch
 
 MOST_PATCHES = 4096
 # what a kernel can copy: anything of 8 to 64 bits

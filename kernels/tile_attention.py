@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.check import FLOATS, check
 from smi_fast.kernels.cls_attention import dense_rows, load_rows, power_of_two, scale_of, token_major
-from smi_fast.kernels.configs import best
-from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
-from smi_fast.kernels.launch import Arguments, Config, Launch
+from smi_fast.kernels.common.check import FLOATS, check
+from smi_fast.kernels.common.configs import best
+from smi_fast.kernels.common.dispatch import Impl, choose, tl, triton, why_not_triton
+from smi_fast.kernels.common.launch import Arguments, Config, Launch
 
 MOST_TOKENS, MOST_WIDTH = 256, 128
 LEAST_SIDE = 16  # of a matrix that tensor cores multiply

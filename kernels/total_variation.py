@@ -24,11 +24,11 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.check import EXACT, IDS, check
-from smi_fast.kernels.configs import best
-from smi_fast.kernels.dispatch import Impl, choose, tl, triton, why_not_triton
-from smi_fast.kernels.grid import Grid, slot_of_patch
-from smi_fast.kernels.launch import Arguments, Config, Launch
+from smi_fast.kernels.common.check import EXACT, IDS, check
+from smi_fast.kernels.common.configs import best
+from smi_fast.kernels.common.dispatch import Impl, choose, tl, triton, why_not_triton
+from smi_fast.kernels.common.grid import Grid, slot_of_patch
+from smi_fast.kernels.common.launch import Arguments, Config, Launch
 from smi_fast.kernels.patch_ungather import own_pixels
 
 TVNorm = Literal["pixel", "image", "batch"]

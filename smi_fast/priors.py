@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.config import InversionConfig
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 from smi_fast.kernels.total_variation import TVNorm, total_variation
 from smi_fast.model.sparse_vit import ViTOutput
 

@@ -6,7 +6,7 @@ import torch
 
 from smi_fast.config import InversionConfig
 from smi_fast.images import Process, Provenance, SparseImages, sparse_images
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NAMES = ("ant", "bee, wasp/hornet", "cat")

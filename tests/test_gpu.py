@@ -18,7 +18,7 @@ from smi_fast.engine.inverter import Impl
 from smi_fast.engine.runner import Runner
 from smi_fast.engine.state import State, new_state, stop_patches, uses_kernels
 from smi_fast.engine.step import build_step
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.model import load_model
 from smi_fast.model.attention import CUDA_BACKENDS, NAMES, attention, packed_attention, parts_of, why_not

@@ -12,13 +12,12 @@ import smi_fast
 ROOT = Path(__file__).parent.parent
 # a module may import from its own layer and those before it
 LAYERS = (
-    ("kernels", "versions"),
-    ("config", "schedule"),
-    ("model", "labels"),
-    ("flops", "priors"),
-    ("images",),
+    ("kernels",),
+    ("config", "plugins", "schedule", "storage"),
+    ("model",),
+    ("method", "images", "priors"),
     ("engine",),
-    ("cost", "report", "tune", "tune_attention", "tuned"),
+    ("tuning",),
     ("datasets", "quantize", "distill"),
     ("cli", "__init__", "__main__"),
 )
@@ -26,8 +25,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def sources() -> list[Path]:
-    package = [path for path in (ROOT / "smi_fast").rglob("*.py") if "kernels" not in path.parts[-2:-1]]
-    return sorted(package) + sorted((ROOT / "kernels").glob("*.py"))
+    package = [path for path in (ROOT / "smi_fast").rglob("*.py") if "kernels" not in path.relative_to(ROOT).parts]
+    return sorted(package) + sorted((ROOT / "kernels").rglob("*.py"))
 
 
 def layer_of(path: Path) -> str:
@@ -57,7 +56,7 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 def test_kernels_import_torch_triton_and_their_siblings_only() -> None:
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in (ROOT / "kernels").rglob("*.py"):
         for name in imported(path):
             standard = name.partition(".")[0] in sys.stdlib_module_names
             own = name.startswith(("torch", "triton", "smi_fast.kernels"))
@@ -70,7 +69,7 @@ def test_kernels_is_no_top_level_module() -> None:
     found = importlib.util.find_spec("kernels")
     # a checkout on sys.path shows the folder as a namespace package; an installed module would have a loader and origin
     assert found is None or found.origin is None
-    assert importlib.util.find_spec("smi_fast.kernels.grid") is not None
+    assert importlib.util.find_spec("smi_fast.kernels.common.grid") is not None
 
 
 def test_public_names() -> None:

@@ -11,7 +11,7 @@ from smi_fast.cli.plan import plan
 from smi_fast.cli.quantize import quantize
 from smi_fast.cli.show import show
 from smi_fast.cli.tune import tune
-from smi_fast.versions import __version__
+from smi_fast.storage.environment import __version__
 
 app = typer.Typer(
     name="smi-fast",

@@ -7,8 +7,8 @@ import torch
 from smi_fast.config import InversionConfig
 from smi_fast.engine.batches import stage_batches
 from smi_fast.engine.compiler import why_not_compile
-from smi_fast.tune import DEFAULT_BATCH
-from smi_fast.tuned import Key, Tuned, lookup
+from smi_fast.tuning.measure import DEFAULT_BATCH
+from smi_fast.tuning.store import Key, Tuned, lookup
 
 
 def parse_batch_size(text: str, config: InversionConfig) -> tuple[int, ...] | None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from smi_fast.cli import options as o
 from smi_fast.cli.distill_progress import TrainingBar
 from smi_fast.cli.invert import use_tuned
-from smi_fast.cli.outputs import IMAGES, REPORT, check_folder
 from smi_fast.config import InversionConfig
 from smi_fast.datasets import open_dataset, random_indices
 from smi_fast.distill import Alternating, DistillConfig, DistillResult, RunFolder, Student, Trainer, build_student
@@ -26,10 +25,10 @@ from smi_fast.distill.folder import CHECKPOINT
 from smi_fast.engine import Inverter
 from smi_fast.engine.batches import even_batches
 from smi_fast.images import SparseImages
-from smi_fast.images.files import write_json
 from smi_fast.model import SparseViT, load_model
-from smi_fast.report import device_name, peak_memory_bytes
-from smi_fast.versions import versions
+from smi_fast.storage.environment import device_name, peak_memory_bytes, versions
+from smi_fast.storage.files import write_json
+from smi_fast.storage.folder import IMAGES, REPORT, check_folder
 
 EVALUATION_BATCH = 250
 

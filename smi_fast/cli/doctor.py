@@ -9,13 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from smi_fast.engine.compile_cache import VARIABLE, use_private_cache, user_chose
 from smi_fast.engine.compiler import why_not_compile
-from smi_fast.kernels.dispatch import KERNELS_VARIABLE, why_not_triton
+from smi_fast.kernels.common.dispatch import KERNELS_VARIABLE, why_not_triton
 from smi_fast.model.fp8 import why_not_fp8
-from smi_fast.report import device_name
-from smi_fast.tuned import all_tuned, tuned_path
-from smi_fast.versions import versions
+from smi_fast.storage.environment import CACHE_VARIABLE, device_name, use_private_cache, user_chose_cache, versions
+from smi_fast.tuning.store import all_tuned, tuned_path
 
 
 def doctor() -> None:
@@ -62,9 +60,15 @@ def _cuda_graphs(device: torch.device) -> str:
 
 def _compile_cache() -> str:
     """Where graphs are kept, whose folder that is, and what lies there."""
-    chosen, private = user_chose(), use_private_cache()
+    chosen, private = user_chose_cache(), use_private_cache()
     folder = Path(cache_dir())
-    whose = f"set by {VARIABLE}" if chosen else "private" if private else "PyTorch's default, the home cache is closed"
+    whose = (
+        f"set by {CACHE_VARIABLE}"
+        if chosen
+        else "private"
+        if private
+        else "PyTorch's default, the home cache is closed"
+    )
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     graphs = sum(1 for _ in folder.glob("fxgraph/*/*"))
     return f"{folder} ({whose}): {graphs} graphs, {size / 2**20:.0f} MiB; a new process starts from these"

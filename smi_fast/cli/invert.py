@@ -8,21 +8,22 @@ from rich.console import Console
 
 from smi_fast.cli import options as o
 from smi_fast.cli.batches import parse_batch_size, tuned_or_default, usable_impl
-from smi_fast.cli.outputs import PREVIEW, check_folder, make_folder, write_run
+from smi_fast.cli.outputs import write_run
 from smi_fast.cli.progress import BarProgress
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Inverter, Snapshots
 from smi_fast.engine.batches import even_batches
+from smi_fast.engine.report import build_report
 from smi_fast.engine.snapshots import default_iterations
-from smi_fast.flops import iteration_flops
 from smi_fast.images import SparseImages
-from smi_fast.labels import parse_labels
 from smi_fast.model import load_model
+from smi_fast.model.flops import iteration_flops
+from smi_fast.model.labels import parse_labels
 from smi_fast.model.sparse_vit import SparseViT
-from smi_fast.report import build_report
 from smi_fast.schedule import plan_stages, sparsity
-from smi_fast.tune_attention import apply_attention
-from smi_fast.tuned import key_of
+from smi_fast.storage.folder import PREVIEW, check_folder, make_folder
+from smi_fast.tuning.attention import apply_attention
+from smi_fast.tuning.store import key_of
 
 
 def invert(

@@ -9,14 +9,14 @@ from rich.table import Table
 from smi_fast.cli import options as o
 from smi_fast.cli.batches import parse_batch_size, tuned_or_default
 from smi_fast.config import InversionConfig
-from smi_fast.cost import estimate
 from smi_fast.engine.batches import even_batches
-from smi_fast.flops import iteration_flops, run_flops
 from smi_fast.model import load_model
+from smi_fast.model.flops import iteration_flops, run_flops
 from smi_fast.model.scaled_linear import FP8
-from smi_fast.report import device_name
 from smi_fast.schedule import plan_stages, sparsity
-from smi_fast.tuned import key_of
+from smi_fast.storage.environment import device_name
+from smi_fast.tuning.cost import estimate
+from smi_fast.tuning.store import key_of
 
 
 def plan(

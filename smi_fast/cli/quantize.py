@@ -12,20 +12,19 @@ from rich.console import Console
 from rich.table import Table
 
 from smi_fast.cli import options as o
-from smi_fast.cli.outputs import IMAGES, REPORT, check_folder, make_folder
 from smi_fast.cli.real import REAL, check_real, measure
 from smi_fast.cli.work import WorkBar
 from smi_fast.datasets import RealImages, open_dataset, random_indices, top1
 from smi_fast.images import SparseImages
-from smi_fast.images.files import write_json
 from smi_fast.model import SparseViT, load_model
 from smi_fast.quantize import Calibration, LayerRow, QuantConfig, QuantizedViT, layer_report, save_quantized
 from smi_fast.quantize import quantize as quantize_model
 from smi_fast.quantize.calibration import BATCH, DEFAULT_COUNT
 from smi_fast.quantize.execute import LowBitViT, save_low_bit, to_low_bit
 from smi_fast.quantize.layers import worst_first
-from smi_fast.report import device_name
-from smi_fast.versions import versions
+from smi_fast.storage.environment import device_name, versions
+from smi_fast.storage.files import write_json
+from smi_fast.storage.folder import IMAGES, REPORT, check_folder, make_folder
 
 QUANTIZED = "quantized.safetensors"
 DATASETS = ("folder", "cifar10", "imagenet")

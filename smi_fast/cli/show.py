@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from smi_fast.cli.outputs import IMAGES, PREVIEW, PROCESS, STRIP
 from smi_fast.images import Process, SparseImages
 from smi_fast.images.render import preview_grid, process_strip
+from smi_fast.storage.folder import IMAGES, PREVIEW, PROCESS, STRIP
 
 
 def show(

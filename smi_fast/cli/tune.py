@@ -10,10 +10,10 @@ from smi_fast.cli import options as o
 from smi_fast.cli.batches import usable_impl
 from smi_fast.config import InversionConfig
 from smi_fast.model import load_model
-from smi_fast.report import device_name
-from smi_fast.tune import DEFAULT_BATCH
-from smi_fast.tune import tune as measure
-from smi_fast.tuned import Tuned, all_tuned, save
+from smi_fast.storage.environment import device_name
+from smi_fast.tuning.measure import DEFAULT_BATCH
+from smi_fast.tuning.measure import tune as measure
+from smi_fast.tuning.store import Tuned, all_tuned, save
 
 
 def tune(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.datasets.real_images import RealImages
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 from smi_fast.model.spec import ModelInfo
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 from smi_fast.model.spec import ModelInfo
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from smi_fast.images.files import load_tensors, save_tensors
+from smi_fast.storage.files import load_tensors, save_tensors
 
 FORMAT = "smi_fast.distill/1"
 WEIGHT, STATE = "weight.", "optimizer."

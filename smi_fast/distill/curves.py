@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smi_fast.distill.checkpoint import saving
-from smi_fast.images.files import write_atomically
+from smi_fast.storage.files import write_atomically
 
 
 @dataclass(frozen=True)

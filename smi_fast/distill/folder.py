@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from smi_fast.distill.checkpoint import Marks, load_checkpoint, save_checkpoint, saving
 from smi_fast.distill.curves import CurveRow, has_tensorboard, open_tensorboard, read_curve, write_curve, write_scalars
 from smi_fast.distill.student import Student
-from smi_fast.images.files import save_tensors
+from smi_fast.storage.files import save_tensors
 
 CHECKPOINT, CURVE, LAST, BEST = (
     "checkpoint.safetensors",

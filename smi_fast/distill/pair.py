@@ -9,7 +9,7 @@ from smi_fast.distill.pool import ImageSet, Known, mirror
 from smi_fast.distill.resize import check_grids, for_student
 from smi_fast.distill.student import Student
 from smi_fast.images import SparseImages
-from smi_fast.kernels.check import check_ids
+from smi_fast.kernels.common.check import check_ids
 from smi_fast.model.sparse_vit import SparseViT
 
 FORWARD_BATCH = 128  # images; fixed, so that what is known of an image is the same bits after a resume

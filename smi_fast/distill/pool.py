@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from typing import Any
 from smi_fast.distill.checkpoint import saving
 from smi_fast.distill.config import is_int
 from smi_fast.images import SparseImages
-from smi_fast.images.files import write_json
+from smi_fast.storage.files import write_json
 
 Invert = Callable[[list[int], list[int]], SparseImages]
 

@@ -17,7 +17,7 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 from smi_fast.model.checkpoint import load_weights, read_state_dict
 from smi_fast.model.from_timm import check_supported, weights_sha256
 from smi_fast.model.load import DEMO, check_img_size, check_name

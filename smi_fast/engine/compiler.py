@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from smi_fast.engine.compile_cache import use_private_cache
 from smi_fast.engine.state import State
 from smi_fast.engine.step import Step
+from smi_fast.storage.environment import use_private_cache
 
 
 def _state_of(tensors: tuple[Tensor, ...]) -> State:

@@ -28,7 +28,7 @@ from smi_fast.images import Provenance, SparseImages
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.priors import Prior, priors_of
 from smi_fast.schedule import plan_stages
-from smi_fast.versions import versions
+from smi_fast.storage.environment import versions
 
 Impl = Literal["eager", "compiled"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from smi_fast.config import InversionConfig
 from smi_fast.engine.streams import jitter_table, start_canvas
-from smi_fast.kernels.dispatch import choose
-from smi_fast.kernels.grid import Grid, slot_of_patch
+from smi_fast.kernels.common.dispatch import choose
+from smi_fast.kernels.common.grid import Grid, slot_of_patch
 from smi_fast.kernels.select_patches import remap, select_patches
 from smi_fast.kernels.total_variation import halo_of
 from smi_fast.model.sparse_vit import SparseViT

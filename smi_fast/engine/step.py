@@ -17,7 +17,7 @@ from torch import Tensor
 from smi_fast.config import InversionConfig
 from smi_fast.engine.state import State, uses_kernels
 from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Updated, adam_update, adam_values
-from smi_fast.kernels.grid import target_cells
+from smi_fast.kernels.common.grid import target_cells
 from smi_fast.kernels.patch_cells import put_patches_, take_patches
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.total_variation import Halo

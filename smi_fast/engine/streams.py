@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.config import InversionConfig
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 
 START, JITTER = 0, 1
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smi_fast.images.files import check_tensor, load_tensors, save_tensors
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
+from smi_fast.storage.files import check_tensor, load_tensors, save_tensors
 
 FORMAT = "smi_fast.process/1"
 TENSORS = ("pixels", "kept", "labels", "image_ids")

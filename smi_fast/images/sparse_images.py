@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smi_fast.images.files import check_tensor, load_tensors, save_tensors, write_atomically
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 from smi_fast.kernels.patch_mask import composite, patch_mask
+from smi_fast.storage.files import check_tensor, load_tensors, save_tensors, write_atomically
 
 FORMAT = "smi_fast.images/1"
 TENSORS = ("pixels", "keep", "labels", "image_ids", "confidence", "predicted", "failed_at")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from smi_fast.kernels.dispatch import why_not_triton
+from smi_fast.kernels.common.dispatch import why_not_triton
 from smi_fast.kernels.tile_attention import packed_tile_attention, parts_of, tile_attention, unsupported
 
 ATTENTION_VARIABLE = "SMI_FAST_ATTENTION"

@@ -20,7 +20,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 from smi_fast.model.sparse_vit import FrozenBlock, Norm, SparseViT, ViTParts
 from smi_fast.model.spec import ModelInfo, ViTShape
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smi_fast.kernels.check import check_ids
 from smi_fast.kernels.cls_attention import cls_attention
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.check import check_ids
+from smi_fast.kernels.common.grid import Grid
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.tile_attention import parts_of
 from smi_fast.model.attention import attention, packed_attention, require

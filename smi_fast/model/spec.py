@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 
 
 @dataclass(frozen=True)

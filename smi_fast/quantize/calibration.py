@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from smi_fast.images import SparseImages
-from smi_fast.kernels.check import check_ids
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.check import check_ids
+from smi_fast.kernels.common.grid import Grid
 from smi_fast.model import SparseViT
 
 DEFAULT_COUNT = 32  # images, as published

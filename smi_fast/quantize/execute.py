@@ -21,11 +21,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from smi_fast.images.files import METADATA_KEY, load_tensors, write_atomically
 from smi_fast.model.fp8 import why_not_fp8
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.quantize.forward import forward_sites
-from smi_fast.versions import versions
+from smi_fast.storage.environment import versions
+from smi_fast.storage.files import METADATA_KEY, load_tensors, write_atomically
 
 MODES = ("dynamic", "static", "fp8")
 SIDE = 16

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smi_fast.images.files import check_tensor, load_tensors, save_tensors
 from smi_fast.quantize.quantized import QuantizedViT, linears
 from smi_fast.quantize.scheme import Affine, QuantConfig, code_range
 from smi_fast.quantize.structure import build, describe
-from smi_fast.versions import versions
+from smi_fast.storage.environment import versions
+from smi_fast.storage.files import check_tensor, load_tensors, save_tensors
 
 FORMAT = "smi_fast.quantized/1"
 PACKED_BITS = 4  # and fewer: two codes to a byte

@@ -12,8 +12,7 @@ from torch import Tensor
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.quantize.execute import LowBitViT, float32_bytes, low_bit_bytes
 from smi_fast.quantize.forward import forward_sites
-from smi_fast.report import device_name
-from smi_fast.versions import versions
+from smi_fast.storage.environment import device_name, versions
 
 UNITS = {"dynamic": "int8", "static": "int8", "fp8": "float8_e4m3"}
 Forward = Callable[[Tensor, Tensor | None], Tensor]

@@ -7,7 +7,7 @@ import torch
 from timm.layers import QuickGELU
 from torch import Tensor, nn
 
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 from smi_fast.model import ModelInfo, SparseViT, ViTShape
 from smi_fast.model.sparse_vit import FrozenBlock, Norm, ViTParts
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.dispatch import INTERPRETED
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.dispatch import INTERPRETED
+from smi_fast.kernels.common.grid import Grid
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # bfloat16 is left out under the interpreter: its conversions truncate and its dot products are wrong

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Updated, adam_update
-from smi_fast.kernels.grid import Grid, slot_of_patch
+from smi_fast.kernels.common.grid import Grid, slot_of_patch
 from smi_fast.kernels.patch_mask import patch_mask
 from tests.kernels.cases import DEVICE, DTYPES, GRIDS, assert_near_truth, counts, generator, make_case, size
 

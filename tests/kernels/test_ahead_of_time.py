@@ -13,9 +13,9 @@ from torch import Tensor, empty
 
 from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Updated, adam_launch
 from smi_fast.kernels.cls_attention import attention_backward_launch, attention_launch, token_major
-from smi_fast.kernels.dispatch import HAS_TRITON, INTERPRETED
-from smi_fast.kernels.grid import Grid
-from smi_fast.kernels.launch import Launch
+from smi_fast.kernels.common.dispatch import HAS_TRITON, INTERPRETED
+from smi_fast.kernels.common.grid import Grid
+from smi_fast.kernels.common.launch import Launch
 from smi_fast.kernels.patch_gather import gather_launch
 from smi_fast.kernels.patch_mask import composite_launch, mask_launch, statistics_launch
 from smi_fast.kernels.patch_ungather import scatter_launch, ungather_launch

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.kernel_cases import Shape, all_ops
 from benchmarks.kernels import check
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 from tests.kernels.cases import DEVICE, DTYPES, SEED
 
 pytestmark = pytest.mark.kernel

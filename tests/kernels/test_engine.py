@@ -12,7 +12,7 @@ from smi_fast.engine.compiler import compile_step, why_not_compile
 from smi_fast.engine.state import new_state, stop_patches, uses_kernels
 from smi_fast.engine.step import build_step
 from smi_fast.images import SparseImages
-from smi_fast.kernels.dispatch import KERNELS_VARIABLE
+from smi_fast.kernels.common.dispatch import KERNELS_VARIABLE
 from smi_fast.kernels.patch_mask import patch_mask
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.priors import L2, Prior, TotalVariation, priors_of

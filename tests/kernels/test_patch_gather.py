@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smi_fast.kernels.grid import Grid, slot_of_patch
+from smi_fast.kernels.common.grid import Grid, slot_of_patch
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.patch_ungather import patch_scatter, patch_ungather
 from tests.kernels.cases import DEVICE, DTYPES, GRIDS, counts, generator, make_case, size, some_ids

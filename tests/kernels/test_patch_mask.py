@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 from smi_fast.kernels.patch_mask import composite, kept_statistics, patch_mask
 from tests.kernels.cases import DEVICE, DTYPES, GRIDS, assert_near_truth, counts, generator, some_ids
 

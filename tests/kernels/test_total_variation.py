@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smi_fast.kernels.grid import Grid
+from smi_fast.kernels.common.grid import Grid
 from smi_fast.kernels.total_variation import TVNorm, total_variation
 from tests.kernels.cases import DEVICE, GRIDS, assert_near_truth, counts, make_case, size
 

@@ -1,0 +1,1 @@
+"""Files, run folders, and what is known of the machine."""

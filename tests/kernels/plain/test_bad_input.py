@@ -1,0 +1,118 @@
+"""Every public op refuses every tensor of the wrong rank, dtype or device, and an empty batch, and names it."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Updated, adam_update
+from smi_fast.kernels.cls_attention import cls_attention
+from smi_fast.kernels.common.grid import Grid, slot_of_patch
+from smi_fast.kernels.patch_cells import put_patches_, take_patches
+from smi_fast.kernels.patch_gather import patch_gather
+from smi_fast.kernels.patch_mask import composite, kept_statistics, patch_mask
+from smi_fast.kernels.patch_ungather import patch_scatter, patch_ungather
+from smi_fast.kernels.select_patches import remap, select_patches
+from smi_fast.kernels.tile_attention import packed_tile_attention, tile_attention
+from smi_fast.kernels.total_variation import total_variation
+from smi_fast.model.sparse_vit import SparseViT
+
+GRID = Grid(8, 12, 4)
+CANVAS, KEEP = torch.zeros(2, 3, 8, 12), torch.tensor([[0, 3], [1, 2]])
+SLOTS, PATCHES = slot_of_patch(KEEP, 6), torch.zeros(2, 2, 3, 4, 4)
+SHIFT, FLIP, WINDOWS = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool), torch.zeros(2, 2, 48)
+QUERY, KEY = torch.zeros(2, 3, 1, 8), torch.zeros(2, 3, 5, 8)
+LIMIT, RATES, SCORES = torch.ones(3, 1, 1), torch.ones(3), torch.zeros(2, 5)
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op as a function of its tensors alone."""
+
+    call: Callable[..., Any]
+    tensors: dict[str, Tensor]
+
+
+def update(
+    canvas: Tensor, first: Tensor, second: Tensor, ids: Tensor, windows: Tensor, shift: Tensor, flip: Tensor,
+    patches: Tensor, rates: Tensor, healthy: Tensor, low: Tensor,
+) -> Any:  # fmt: skip
+    target = Updated(canvas, CANVAS.clone(), first, second, ids, SLOTS)
+    gradient = LossGradient(windows, SLOTS, shift, flip, patches)
+    constants = AdamConstants(0.5, 0.99, 1e-8, low, LIMIT)
+    return adam_update(target, gradient, rates, healthy, constants, TVTerm(0.1, "pixel"))
+
+
+OPS = {
+    "patch_gather": Op(
+        lambda **t: patch_gather(**t, patch=4, dtype=torch.float32),
+        {"canvas": CANVAS, "keep": KEEP, "shift": SHIFT, "flip": FLIP},
+    ),
+    "patch_ungather": Op(
+        lambda **t: patch_ungather(**t, grid=GRID),
+        {"gradient": WINDOWS, "slots": SLOTS, "updated": KEEP, "shift": SHIFT, "flip": FLIP},
+    ),
+    "patch_scatter": Op(
+        lambda **t: patch_scatter(**t, grid=GRID),
+        {"gradient": WINDOWS, "slots": SLOTS, "shift": SHIFT, "flip": FLIP},
+    ),
+    "total_variation": Op(
+        lambda **t: total_variation(**t, grid=GRID, norm="pixel"), {"canvas": CANVAS, "updated": KEEP}
+    ),
+    "adam_update": Op(
+        update,
+        {
+            "canvas": CANVAS, "first": PATCHES, "second": PATCHES.clone(), "ids": KEEP, "windows": WINDOWS,
+            "shift": SHIFT, "flip": FLIP, "patches": PATCHES.clone(), "rates": RATES, "healthy": ~FLIP, "low": -LIMIT,
+        },
+    ),
+    "cls_attention": Op(lambda **t: cls_attention(**t, prefix=1), {"query": QUERY, "key": KEY, "value": KEY}),
+    "tile_attention": Op(tile_attention, {"query": KEY, "key": KEY.clone(), "value": KEY.clone()}),
+    "packed_tile_attention": Op(packed_tile_attention, {"packed": torch.zeros(2, 5, 3, 2, 8)}),
+    "select_patches": Op(lambda **t: select_patches(**t, count=2), {"scores": SCORES}),
+    "remap": Op(remap, {"state": PATCHES, "slots": torch.tensor([[0], [1]])}),
+    "patch_mask": Op(lambda **t: patch_mask(**t, grid=GRID), {"keep": KEEP}),
+    "composite": Op(lambda **t: composite(**t, grid=GRID, fill=torch.zeros(3, 1, 1)), {"pixels": CANVAS, "keep": KEEP}),
+    "kept_statistics": Op(lambda **t: kept_statistics(**t, grid=GRID), {"pixels": CANVAS, "keep": KEEP}),
+    "take_patches": Op(lambda **t: take_patches(**t, grid=GRID), {"canvas": CANVAS, "ids": KEEP}),
+    "put_patches_": Op(lambda **t: put_patches_(**t), {"canvas": CANVAS, "ids": KEEP, "patches": PATCHES}),
+}  # fmt: skip
+SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
+    "rank": lambda tensor: tensor[None, None, None, None],
+    "dtype": lambda tensor: torch.zeros(tensor.shape, dtype=torch.complex64),
+    "device": lambda tensor: tensor.to("meta"),
+    "empty": lambda tensor: tensor[:0],
+}
+# one tensor alone is on one device; remap takes any rank from 2 on, and any dtype
+FINE = {("select_patches", "scores", "device"), ("patch_mask", "keep", "device")}
+FINE |= {("packed_tile_attention", "packed", "device")}
+FINE |= {("remap", "state", "rank"), ("remap", "state", "dtype")}
+ALL = [row for op in OPS for name in OPS[op].tensors for how in SPOILED if (row := (op, name, how)) not in FINE]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_good_input_is_taken(op: str) -> None:
+    OPS[op].call(**OPS[op].tensors)
+
+
+@pytest.mark.parametrize(("op", "name", "how"), ALL, ids=["-".join(row) for row in ALL])
+def test_bad_input_is_refused(op: str, name: str, how: str) -> None:
+    tensors = OPS[op].tensors | {name: SPOILED[how](OPS[op].tensors[name])}
+    with pytest.raises(ValueError, match=rf"{op}: ") as refusal:
+        OPS[op].call(**tensors)
+    text = str(refusal.value)
+    if how in ("rank", "dtype"):  # else another tensor may be named, which does not fit to this one
+        assert re.search(rf"\b{name}\b", text), text
+
+
+@pytest.mark.parametrize(("keep", "message"), [([[0, 12]], r"keep\[0, 1\]=12"), ([[3, 3]], "ids must ascend")])
+def test_the_model_refuses_ids_that_are_none_of_its_patches(
+    make_model: Callable[..., SparseViT], keep: list[list[int]], message: str
+) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(1, 3, 24, 32, dtype=torch.float64), torch.tensor(keep))
