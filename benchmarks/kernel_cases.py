@@ -17,7 +17,7 @@ from smi_fast.kernels.adam_update import (
     adam_update,
 )
 from smi_fast.kernels.cls_attention import cls_attention, cls_attention_reference
-from smi_fast.kernels.common.grid import Grid, slot_of_patch
+from smi_fast.kernels.common.grid import Grid, Moves, slot_of_patch
 from smi_fast.kernels.patch_cells import put_patches_reference, take_patches_reference
 from smi_fast.kernels.patch_gather import patch_gather, patch_gather_reference
 from smi_fast.kernels.patch_mask import composite, patch_mask_reference
@@ -75,11 +75,11 @@ def ids(draw: torch.Generator, shape: Shape) -> Tensor:
     return order[:, : shape.kept].sort(1).values
 
 
-def moves(draw: torch.Generator, shape: Shape) -> tuple[Tensor, Tensor]:
+def moves(draw: torch.Generator, shape: Shape) -> Moves:
     """Shift of up to an eighth of the side, and flip."""
     far = shape.grid.height // 8
     shift = torch.randint(-far, far + 1, (shape.batch, 2), generator=draw, device=shape.device)
-    return shift, torch.rand(shape.batch, generator=draw, device=shape.device) < 0.5
+    return Moves(shift, torch.rand(shape.batch, generator=draw, device=shape.device) < 0.5)
 
 
 def canvas(draw: torch.Generator, shape: Shape) -> Tensor:
@@ -92,7 +92,7 @@ def gather_op(s: Shape) -> Op:
     return Op(
         "patch_gather",
         s.values * (4 + s.dtype.itemsize),
-        lambda draw: (canvas(draw, s), ids(draw, s), *moves(draw, s)),
+        lambda draw: (canvas(draw, s), ids(draw, s), moves(draw, s)),
         lambda *args: patch_gather_reference(*args, s.grid.patch, s.dtype),
         lambda *args: patch_gather(*args, s.grid.patch, s.dtype, impl="triton"),
         0.0,
@@ -105,7 +105,7 @@ def ungather_op(s: Shape) -> Op:
     def draw_all(draw: torch.Generator) -> tuple[Any, ...]:
         keep = ids(draw, s)
         windows = randn(draw, s, s.batch, s.kept, s.grid.patch_values, dtype=s.dtype)
-        return windows, slot_of_patch(keep, s.grid.patches), keep, *moves(draw, s)
+        return windows, slot_of_patch(keep, s.grid.patches), keep, moves(draw, s)
 
     return Op(
         "patch_ungather",
@@ -123,7 +123,7 @@ def scatter_op(s: Shape) -> Op:
 
     def draw_all(draw: torch.Generator) -> tuple[Any, ...]:
         windows = randn(draw, s, s.batch, s.kept, s.grid.patch_values, dtype=s.dtype)
-        return windows, slot_of_patch(ids(draw, s), s.grid.patches), *moves(draw, s)
+        return windows, slot_of_patch(ids(draw, s), s.grid.patches), moves(draw, s)
 
     return Op(
         "patch_scatter",
@@ -156,19 +156,18 @@ def plain_variation(x: Tensor, keep: Tensor, grid: Grid) -> tuple[Tensor, Tensor
 TERM = TVTerm(1e-4, "pixel")
 
 
-def plain_update(
-    target: Updated, gradient: LossGradient, rates: Tensor, healthy: Tensor, c: AdamConstants
-) -> tuple[Tensor, ...]:
+def plain_update(target: Updated, gradient: LossGradient, rates: Tensor, c: AdamConstants) -> tuple[Tensor, ...]:
     """`adam_update_reference` out of references alone, and with results instead of writes."""
-    grid = Grid(target.canvas.shape[2], target.canvas.shape[3], target.first.shape[-1])
-    places = (gradient.slots, target.ids, gradient.shift, gradient.flip)
+    grid = Grid(target.canvas.shape[2], target.canvas.shape[3], target.exp_avg.shape[-1])
+    places = (gradient.slots, target.ids, gradient.moves)
     value, of_tv = plain_variation(target.canvas, target.ids, grid)
     at_pixels = patch_ungather_reference(gradient.windows, *places, grid) + TERM.weight * of_tv
     pixels = take_patches_reference(target.canvas, target.ids, grid)
-    moved, first, second = adam_step(pixels, (target.first, target.second), at_pixels, rates, healthy, c)
+    moments = (target.exp_avg, target.exp_avg_sq)
+    moved, *moments = adam_step(pixels, moments, at_pixels, rates, gradient.healthy, c)
     out = target.canvas.clone()
     put_patches_reference(out, target.ids, moved, grid)
-    return out, first, second, value
+    return out, *moments, value
 
 
 def update_op(s: Shape) -> Op:
@@ -181,16 +180,16 @@ def update_op(s: Shape) -> Op:
         second = 0.5 + randn(draw, s, *patches).square()
         target = Updated(x, x.clone(), randn(draw, s, *patches), second, keep, slots)
         windows = randn(draw, s, s.batch, s.kept, s.grid.patch_values, dtype=s.dtype)
-        gradient = LossGradient(windows, slots, *moves(draw, s))
         limit = torch.full((3, 1, 1), 2.0, device=s.device)
         rates = torch.tensor([0.25, 0.9, 0.1], device=s.device)
         healthy = torch.ones(s.batch, dtype=torch.bool, device=s.device)
-        return target, gradient, rates, healthy, AdamConstants(0.5, 0.99, 1e-8, -limit, limit)
+        gradient = LossGradient(windows, slots, moves(draw, s), healthy)
+        return target, gradient, rates, AdamConstants(0.5, 0.99, 1e-8, -limit, limit)
 
     def kernel(target: Updated, *rest: Any) -> tuple[Tensor, ...]:
         value = adam_update(target, *rest, TERM, impl="triton")
         assert value is not None
-        return target.out, target.first, target.second, value
+        return target.out, target.exp_avg, target.exp_avg_sq, value
 
     return Op("adam_update", s.values * (24 + s.dtype.itemsize), draw_all, plain_update, kernel, 1e-5)
 

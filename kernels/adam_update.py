@@ -31,10 +31,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.common.check import BOOL, EXACT, FLOATS, IDS, check
+from smi_fast.kernels.common.check import BOOL, EXACT, FLOATS, IDS, check, expected_moves
 from smi_fast.kernels.common.configs import best
 from smi_fast.kernels.common.dispatch import Impl, choose, tl, triton, why_not_triton
-from smi_fast.kernels.common.grid import Grid
+from smi_fast.kernels.common.grid import Grid, Moves
 from smi_fast.kernels.common.launch import Config, Launch
 from smi_fast.kernels.patch_cells import put_patches_
 from smi_fast.kernels.patch_ungather import covering_offset, own_pixels, patch_ungather, shift_remainder
@@ -67,8 +67,8 @@ class Updated:
 
     canvas: Tensor  # [B, 3, H, W], read
     out: Tensor  # [B, 3, H, W], written at the updated patches; may be the canvas itself for plain torch
-    first: Tensor  # [B, A, 3, P, P] first moment, updated in place
-    second: Tensor  # [B, A, 3, P, P] second moment, updated in place
+    exp_avg: Tensor  # [B, A, 3, P, P] first moment, updated in place
+    exp_avg_sq: Tensor  # [B, A, 3, P, P] second moment, updated in place
     ids: Tensor  # [B, A] int64, ascending
     slots: Tensor  # [B, L] int32, `slot_of_patch` of the ids
     halo: Halo | None = None  # `halo_of` the ids, where it is at hand; for plain torch alone
@@ -80,8 +80,8 @@ class LossGradient:
 
     windows: Tensor  # [B, K, 3 * P * P], at the windows of the kept patches
     slots: Tensor  # [B, L] int32, `slot_of_patch` of the kept ids
-    shift: Tensor  # [B, 2] int64, as the windows were gathered
-    flip: Tensor  # [B] bool
+    moves: Moves  # as the windows were gathered
+    healthy: Tensor  # [B] bool; an image that is not healthy keeps its pixels and moments
     patches: Tensor | None = None  # [B, A, 3, P, P], at the pixels themselves
 
 
@@ -98,15 +98,15 @@ def adam_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels and moments ``[B, A, 3, P, P]`` after one step, in plain torch; new tensors."""
     lr, correction1, correction2 = rates.unbind()
-    first = c.beta1 * moments[0] + (1 - c.beta1) * gradient
-    second = c.beta2 * moments[1] + (1 - c.beta2) * gradient.square()
-    step = lr * (first / correction1) / ((second / correction2).sqrt() + c.eps)
+    exp_avg = c.beta1 * moments[0] + (1 - c.beta1) * gradient
+    exp_avg_sq = c.beta2 * moments[1] + (1 - c.beta2) * gradient.square()
+    step = lr * (exp_avg / correction1) / ((exp_avg_sq / correction2).sqrt() + c.eps)
     moved = (pixels - step).clamp(c.low, c.high)
     healthy = healthy[:, None, None, None, None]
     return (
         torch.where(healthy, moved, pixels),
-        torch.where(healthy, first, moments[0]),
-        torch.where(healthy, second, moments[1]),
+        torch.where(healthy, exp_avg, moments[0]),
+        torch.where(healthy, exp_avg_sq, moments[1]),
     )
 
 
@@ -114,18 +114,17 @@ class AdamValues(NamedTuple):
     """What one step changes; ``[B, A, 3, P, P]`` but for the value."""
 
     pixels: Tensor
-    first: Tensor
-    second: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
     tv: Tensor | None  # [B], the value of total variation before the step
 
 
 def adam_values(
-    target: Updated, gradient: LossGradient, rates: Tensor, healthy: Tensor, c: AdamConstants, tv: TVTerm | None
+    target: Updated, gradient: LossGradient, rates: Tensor, constants: AdamConstants, tv: TVTerm | None
 ) -> AdamValues:
     """Plain torch, nothing is written; arguments as in `adam_update`."""
-    grid = Grid(target.canvas.shape[2], target.canvas.shape[3], target.first.shape[-1])
-    moves = (gradient.shift, gradient.flip)
-    at_pixels = patch_ungather(gradient.windows, gradient.slots, target.ids, *moves, grid, impl="torch")
+    grid = Grid(target.canvas.shape[2], target.canvas.shape[3], target.exp_avg.shape[-1])
+    at_pixels = patch_ungather(gradient.windows, gradient.slots, target.ids, gradient.moves, grid, impl="torch")
     if gradient.patches is not None:
         at_pixels = at_pixels + gradient.patches
     halo = target.halo or halo_of(target.ids, grid, target.canvas.dtype)
@@ -133,29 +132,29 @@ def adam_values(
     if tv is not None:
         value, of_tv = tv_of_halo(rimmed, halo.share, tv.norm)
         at_pixels = at_pixels + tv.weight * of_tv
-    pixels = rimmed[..., 1:-1, 1:-1]
-    return AdamValues(*adam_step(pixels, (target.first, target.second), at_pixels, rates, healthy, c), value)
+    pixels, moments = rimmed[..., 1:-1, 1:-1], (target.exp_avg, target.exp_avg_sq)
+    return AdamValues(*adam_step(pixels, moments, at_pixels, rates, gradient.healthy, constants), value)
 
 
 def adam_update_reference(
-    target: Updated, gradient: LossGradient, rates: Tensor, healthy: Tensor, c: AdamConstants, tv: TVTerm | None
+    target: Updated, gradient: LossGradient, rates: Tensor, constants: AdamConstants, tv: TVTerm | None
 ) -> Tensor | None:
     """Plain torch; arguments as in `adam_update`."""
-    values = adam_values(target, gradient, rates, healthy, c, tv)
+    values = adam_values(target, gradient, rates, constants, tv)
     put_patches_(target.out, target.ids, values.pixels)
-    target.first.copy_(values.first)
-    target.second.copy_(values.second)
+    target.exp_avg.copy_(values.exp_avg)
+    target.exp_avg_sq.copy_(values.exp_avg_sq)
     return values.tv
 
 
 @triton.jit
 def adam_channel(
-    x, g, first, second, lr, correction1, correction2, low, high,
+    x, g, exp_avg, exp_avg_sq, lr, correction1, correction2, low, high,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """One channel's step: pixels and both moments."""
-    m = BETA1 * first + (1 - BETA1) * g
-    v = BETA2 * second + (1 - BETA2) * (g * g)
+    m = BETA1 * exp_avg + (1 - BETA1) * g
+    v = BETA2 * exp_avg_sq + (1 - BETA2) * (g * g)
     step = lr * tl.div_rn(m, correction1) / (tl.sqrt_rn(tl.div_rn(v, correction2)) + EPS)
     return tl.minimum(tl.maximum(x - step, low), high), m, v
 
@@ -163,7 +162,7 @@ def adam_channel(
 @triton.jit(do_not_specialize=["kept", "count"])
 def adam_kernel(
     canvas, out,  # [B, 3, H, W]
-    first, second,  # [B, A, 3, P, P]
+    exp_avg, exp_avg_sq,  # [B, A, 3, P, P]
     ids, moving,  # [B, A] int64, [B, L] int32
     gradient,  # [B, K, 3, P, P]
     slots, shift, flip,  # [B, L] int32, [B, 2] int64, [B] bool
@@ -220,47 +219,53 @@ def adam_kernel(
         else:
             old, g = x2, g2
         here = linear + channel * (P * P)
-        m = tl.load(first + here, mask=inside, other=0.0)
-        v = tl.load(second + here, mask=inside, other=0.0)
+        m = tl.load(exp_avg + here, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq + here, mask=inside, other=0.0)
         lowest, highest = tl.load(low + channel), tl.load(high + channel)
         new, m1, v1 = adam_channel(old, g, m, v, lr, c1, c2, lowest, highest, BETA1, BETA2, EPS)
         tl.store(target + channel * plane, tl.where(good, new, old), mask=inside)
-        tl.store(first + here, tl.where(good, m1, m), mask=inside)
-        tl.store(second + here, tl.where(good, v1, v), mask=inside)
+        tl.store(exp_avg + here, tl.where(good, m1, m), mask=inside)
+        tl.store(exp_avg_sq + here, tl.where(good, v1, v), mask=inside)
+
+
+class MeasuredTV(NamedTuple):
+    """A total variation term as the kernel takes it."""
+
+    term: TVTerm
+    inverse: Tensor | None = None  # [B, 4], 1 / length of each direction; None under `pixel`, which needs none
 
 
 def adam_launch(
     target: Updated,
     gradient: LossGradient,
-    steer: tuple[Tensor, Tensor],
+    rates: Tensor,
     c: AdamConstants,
-    tv: TVTerm | None,
-    inverse: Tensor | None = None,
+    tv: MeasuredTV | None,
     config: Config | None = None,
 ) -> tuple[Launch, Tensor]:
-    """Launch of the update, and the ``[B, blocks]`` lengths it fills under ``pixel``; ``steer``: rates, healthy."""
+    """Launch of the update, and the ``[B, blocks]`` lengths it fills under ``pixel``."""
     height, width = target.canvas.shape[2:]
-    batch, count, _, patch, _ = target.first.shape
-    where = (target, gradient, steer, c, tv, inverse)
+    batch, count, _, patch, _ = target.exp_avg.shape
+    where = (target, gradient, rates, c, tv)
     config = config or best("adam_update", patch, lambda tried: adam_launch(*where, tried)[0])
     blocks = triton.cdiv(count * patch * patch, config.block)
     values = target.canvas.new_empty(batch, blocks)
-    rates, healthy = steer
+    term, inverse = tv or MeasuredTV(TVTerm(0.0, "image"))
     launch = Launch(
         adam_kernel,
         (blocks, batch),
         {
-            "canvas": target.canvas, "out": target.out, "first": target.first, "second": target.second,
+            "canvas": target.canvas, "out": target.out, "exp_avg": target.exp_avg, "exp_avg_sq": target.exp_avg_sq,
             "ids": target.ids, "moving": target.slots,
-            "gradient": gradient.windows, "slots": gradient.slots, "shift": gradient.shift, "flip": gradient.flip,
-            "extra": target.first if gradient.patches is None else gradient.patches,
-            "rates": rates, "healthy": healthy, "low": c.low, "high": c.high,
+            "gradient": gradient.windows, "slots": gradient.slots, **gradient.moves._asdict(),
+            "extra": target.exp_avg if gradient.patches is None else gradient.patches,
+            "rates": rates, "healthy": gradient.healthy, "low": c.low, "high": c.high,
             "inverse": values if inverse is None else inverse, "values": values,
-            "weight": tv.weight if tv else 0.0, "kept": gradient.windows.shape[1], "count": count,
+            "weight": term.weight, "kept": gradient.windows.shape[1], "count": count,
         },
         {
             "BETA1": c.beta1, "BETA2": c.beta2, "EPS": c.eps,
-            "TV": tv is not None, "PIXEL": tv is not None and tv.norm == "pixel",
+            "TV": tv is not None, "PIXEL": term.norm == "pixel",
             "EXTRA": gradient.patches is not None,
             "HEIGHT": height, "WIDTH": width, "P": patch, "BLOCK": config.block,
         },
@@ -269,21 +274,21 @@ def adam_launch(
     return launch, values
 
 
-@torch.library.custom_op("smi_fast::adam_update", mutates_args=("out", "first", "second"))
+@torch.library.custom_op("smi_fast::adam_update", mutates_args=("out", "exp_avg", "exp_avg_sq"))
 def _adam_op(
     canvas: Tensor,
     out: Tensor,
-    first: Tensor,
-    second: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     ids: Tensor,
     moving: Tensor,
     gradient: Tensor,
     slots: Tensor,
     shift: Tensor,
     flip: Tensor,
+    healthy: Tensor,
     extra: Tensor | None,
     rates: Tensor,
-    healthy: Tensor,
     low: Tensor,
     high: Tensor,
     betas_eps: list[float],
@@ -291,19 +296,19 @@ def _adam_op(
     norm: str,
 ) -> Tensor:
     """The kernel; on a machine without, the reference. ``norm`` is "" for no total variation."""
-    target = Updated(canvas, out, first, second, ids, moving)
-    of_loss = LossGradient(gradient.contiguous(), slots, shift.contiguous(), flip.contiguous(), extra)
+    target = Updated(canvas, out, exp_avg, exp_avg_sq, ids, moving)
+    of_loss = LossGradient(gradient.contiguous(), slots, Moves(shift, flip).contiguous(), healthy, extra)
     beta1, beta2, eps = betas_eps
     c = AdamConstants(beta1, beta2, eps, low, high)
     tv = TVTerm(weight, cast(TVNorm, norm)) if norm else None
     if why_not_triton(canvas):
-        value = adam_update_reference(target, of_loss, rates, healthy, c, tv)
+        value = adam_update_reference(target, of_loss, rates, c, tv)
         return canvas.new_zeros(len(canvas)) if value is None else value
     value, inverse = canvas.new_zeros(0), None
     if tv and tv.norm != "pixel":
-        grid = Grid(canvas.shape[2], canvas.shape[3], first.shape[-1])
+        grid = Grid(canvas.shape[2], canvas.shape[3], exp_avg.shape[-1])
         value, inverse = inverse_lengths(canvas, ids, moving, grid, tv.norm)
-    launch, lengths = adam_launch(target, of_loss, (rates, healthy), c, tv, inverse)
+    launch, lengths = adam_launch(target, of_loss, rates, c, MeasuredTV(tv, inverse) if tv else None)
     launch.run()
     if tv is None:
         return canvas.new_zeros(len(canvas))
@@ -319,7 +324,6 @@ def adam_update(
     target: Updated,
     gradient: LossGradient,
     rates: Tensor,
-    healthy: Tensor,
     constants: AdamConstants,
     tv: TVTerm | None = None,
     *,
@@ -331,7 +335,6 @@ def adam_update(
         target: what is updated. float32 (or float64, plain torch only).
         gradient: of the rest of the loss; ``windows`` in any floating dtype, ``patches`` like the moments.
         rates: ``[3]`` like the canvas: learning rate, ``1 - b1^t``, ``1 - b2^t``.
-        healthy: ``[B]`` bool; an image that is not healthy keeps its pixels and moments.
         constants: of Adam and the clamp.
         tv: total variation of the updated patches on ``target.canvas``, or None.
         impl: see ``dispatch.py``. For the kernel all tensors of ``target`` and ``gradient.patches`` are contiguous,
@@ -344,7 +347,7 @@ def adam_update(
         ValueError: a shape, dtype, device, norm or ``impl`` that does not fit.
     """
     kind = (target.canvas.dtype,)
-    state = {name: (getattr(target, name), "B A 3 P P", kind) for name in ("first", "second")}
+    state = {name: (getattr(target, name), "B A 3 P P", kind) for name in ("exp_avg", "exp_avg_sq")}
     expected = {
         "canvas": (target.canvas, "B 3 H W", EXACT),
         "out": (target.out, "B 3 H W", kind),
@@ -353,10 +356,9 @@ def adam_update(
         "slots of the ids": (target.slots, "B L", (torch.int32,)),
         "gradient.windows": (gradient.windows, "B K N", FLOATS),
         "gradient.slots": (gradient.slots, "B L", (torch.int32,)),
-        "gradient.shift": (gradient.shift, "B 2", IDS),
-        "gradient.flip": (gradient.flip, "B", BOOL),
+        **expected_moves(gradient.moves, "gradient.moves"),
+        "gradient.healthy": (gradient.healthy, "B", BOOL),
         "rates": (rates, "3", kind),
-        "healthy": (healthy, "B", BOOL),
         "constants.low": (constants.low, "3 1 1", kind),
         "constants.high": (constants.high, "3 1 1", kind),
     }
@@ -369,13 +371,13 @@ def adam_update(
     if tv is not None:
         check_norm("adam_update", tv.norm)
     if choose("adam_update", impl, target.canvas, _unsupported(target, gradient)) == "torch":
-        return adam_update_reference(target, gradient, rates, healthy, constants, tv)
-    tensors = (target.canvas, target.out, target.first, target.second, target.ids, target.slots)
-    of_loss = (gradient.windows, gradient.slots, gradient.shift, gradient.flip, gradient.patches)
+        return adam_update_reference(target, gradient, rates, constants, tv)
+    tensors = (target.canvas, target.out, target.exp_avg, target.exp_avg_sq, target.ids, target.slots)
+    of_loss = (gradient.windows, gradient.slots, *gradient.moves, gradient.healthy, gradient.patches)
     numbers = [constants.beta1, constants.beta2, constants.eps]
     limits = (constants.low, constants.high)
     term = (tv.weight, tv.norm) if tv else (0.0, "")
-    value: Tensor = _adam_op(*tensors, *of_loss, rates, healthy, *limits, numbers, *term)
+    value: Tensor = _adam_op(*tensors, *of_loss, rates, *limits, numbers, *term)
     return value if tv else None
 
 
@@ -385,7 +387,8 @@ def _unsupported(target: Updated, gradient: LossGradient) -> str | None:
         return "float64 has no kernel"
     if target.out is target.canvas:
         return "out is the canvas itself, whose pixels other programs still read"
-    written = {"canvas": target.canvas, "out": target.out, "first": target.first, "second": target.second}
+    written = {"canvas": target.canvas, "out": target.out}
+    written |= {"exp_avg": target.exp_avg, "exp_avg_sq": target.exp_avg_sq}
     read = {"ids": target.ids, "slots": target.slots, "gradient.slots": gradient.slots}
     if gradient.patches is not None:
         read["gradient.patches"] = gradient.patches

@@ -281,19 +281,18 @@ def attention_launch(
 
 
 def attention_backward_launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     d_out: Tensor,
     d_rows: Tensor,
     scale: float | None = None,
     config: Config | None = None,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
-    """Launch of the backward, and the gradients it fills."""
+    """Launch of the backward, and the gradients it fills; ``inputs``: query, key, value."""
+    query, key, value = inputs
     batch, heads, queries, _ = query.shape
     tokens = key.shape[2]
     gradients = token_major(query, queries), token_major(query, tokens), token_major(query, tokens)
-    tensors, kind = (query, key, value, d_out, d_rows), power_of_two(tokens)
+    tensors, kind = (inputs, d_out, d_rows), power_of_two(tokens)
     config = config or best("cls_attention_backward", kind, lambda c: attention_backward_launch(*tensors, scale, c)[0])
     sides = sides_of(query, tokens, config)
     arguments: Arguments = {"query": query, "key": key, "value": value, "d_out": d_out, "d_rows": d_rows}
@@ -361,7 +360,7 @@ def _attend_backward(
             token_major(value, tokens).copy_(d_value),
         )
     query, key, value, d_out = (dense_rows(tensor) for tensor in (query, key, value, d_out))
-    launch, gradients = attention_backward_launch(query, key, value, d_out, d_rows.contiguous(), scale)
+    launch, gradients = attention_backward_launch((query, key, value), d_out, d_rows.contiguous(), scale)
     launch.run()
     return gradients
 

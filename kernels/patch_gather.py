@@ -21,23 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.common.check import BOOL, EXACT, FLOATS, IDS, check
+from smi_fast.kernels.common.check import EXACT, FLOATS, IDS, check, expected_moves
 from smi_fast.kernels.common.configs import best
 from smi_fast.kernels.common.dispatch import Impl, choose, tl, triton
-from smi_fast.kernels.common.grid import Grid, slot_of_patch, split_shift
+from smi_fast.kernels.common.grid import Grid, Moves, slot_of_patch, split_shift
 from smi_fast.kernels.common.launch import Config, Launch
 from smi_fast.kernels.patch_ungather import own_pixels, patch_scatter, shift_remainder, wrapped
 
 
-def patch_gather_reference(
-    canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patch: int, dtype: torch.dtype
-) -> Tensor:
+def patch_gather_reference(canvas: Tensor, keep: Tensor, moves: Moves, patch: int, dtype: torch.dtype) -> Tensor:
     """Plain torch; shapes as in `patch_gather`."""
     batch, channels, height, width = canvas.shape
     grid = Grid(height, width, patch)
-    _, remainder = split_shift(shift, patch)
+    _, remainder = split_shift(moves.shift, patch)
     steps = torch.arange(patch, device=canvas.device)
-    across = torch.where(flip[:, None], patch - 1 - steps, steps)  # [B, P]
+    across = torch.where(moves.flip[:, None], patch - 1 - steps, steps)  # [B, P]
     top = keep // grid.columns * patch - remainder[:, :1]  # [B, K]
     left = keep % grid.columns * patch - remainder[:, 1:]
     y = (top[:, :, None] + steps) % height  # [B, K, P]
@@ -76,30 +74,32 @@ def gather_kernel(
 
 
 def gather_launch(
-    canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, windows: Tensor, patch: int, config: Config | None = None
-) -> Launch:
-    """Launch of the gather into ``windows``, ``[B, K, 3 * P * P]``."""
+    canvas: Tensor, keep: Tensor, moves: Moves, patch: int, dtype: torch.dtype, config: Config | None = None
+) -> tuple[Launch, Tensor]:
+    """Launch of the gather, and the windows it fills, ``[B, K, 3 * P * P]``."""
     batch, kept = keep.shape
-    places = (canvas, keep, shift, flip, windows, patch)
-    config = config or best("patch_gather", patch, lambda c: gather_launch(*places, c))
-    return Launch(
+    places = (canvas, keep, moves, patch, dtype)
+    config = config or best("patch_gather", patch, lambda c: gather_launch(*places, c)[0])
+    windows = canvas.new_empty(batch, kept, 3 * patch * patch, dtype=dtype)
+    launch = Launch(
         gather_kernel,
         (triton.cdiv(kept * patch * patch, config.block), batch),
-        {"canvas": canvas, "keep": keep, "shift": shift, "flip": flip, "windows": windows, "kept": kept},
+        {"canvas": canvas, "keep": keep, **moves._asdict(), "windows": windows, "kept": kept},
         {"HEIGHT": canvas.shape[2], "WIDTH": canvas.shape[3], "P": patch, "BLOCK": config.block},
         config.warps,
     )
+    return launch, windows
 
 
 @torch.library.custom_op("smi_fast::patch_gather", mutates_args=())
 def _gather(
     canvas: Tensor, keep: Tensor, shift: Tensor, flip: Tensor, patch: int, dtype: torch.dtype, impl: str
 ) -> Tensor:
+    moves = Moves(shift, flip)
     if impl == "torch":
-        return patch_gather_reference(canvas, keep, shift, flip, patch, dtype)
-    windows = canvas.new_empty(*keep.shape, 3 * patch * patch, dtype=dtype)
-    places = (keep.contiguous(), shift.contiguous(), flip.contiguous())
-    gather_launch(canvas.contiguous(), *places, windows, patch).run()
+        return patch_gather_reference(canvas, keep, moves, patch, dtype)
+    launch, windows = gather_launch(canvas.contiguous(), keep.contiguous(), moves.contiguous(), patch, dtype)
+    launch.run()
     return windows
 
 
@@ -118,7 +118,7 @@ def _gather_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, No
     keep, shift, flip = ctx.saved_tensors
     grid: Grid = ctx.grid
     slots = slot_of_patch(keep, grid.patches)
-    canvas = patch_scatter(gradient, slots, shift, flip, grid, impl=ctx.impl).to(ctx.dtype)
+    canvas = patch_scatter(gradient, slots, Moves(shift, flip), grid, impl=ctx.impl).to(ctx.dtype)
     return canvas, None, None, None, None, None, None
 
 
@@ -126,22 +126,14 @@ _gather.register_autograd(_gather_backward, setup_context=_save_for_backward)
 
 
 def patch_gather(
-    canvas: Tensor,
-    keep: Tensor,
-    shift: Tensor,
-    flip: Tensor,
-    patch: int,
-    dtype: torch.dtype,
-    *,
-    impl: Impl | None = None,
+    canvas: Tensor, keep: Tensor, moves: Moves, patch: int, dtype: torch.dtype, *, impl: Impl | None = None
 ) -> Tensor:
     """Gather the kept windows of a canvas, jittered and flipped.
 
     Args:
         canvas: ``[B, 3, H, W]`` float32 (or float64, plain torch only), normalised colours.
         keep: ``[B, K]`` int64 patch ids, ascending in each row (not looked at here: see `check_ids`).
-        shift: ``[B, 2]`` int64, ``(dy, dx)`` in pixels, any sign and size.
-        flip: ``[B]`` bool.
+        moves: shift and flip of each image.
         patch: ``P``, pixels.
         dtype: of the result.
         impl: see ``dispatch.py``.
@@ -153,17 +145,12 @@ def patch_gather(
     Raises:
         ValueError: ``H`` or ``W`` is not a multiple of ``patch``; a shape, dtype, device or ``impl`` that does not fit.
     """
-    expected = {
-        "canvas": (canvas, "B 3 H W", EXACT),
-        "keep": (keep, "B K", IDS),
-        "shift": (shift, "B 2", IDS),
-        "flip": (flip, "B", BOOL),
-    }
-    sizes = check("patch_gather", expected)
+    expected = {"canvas": (canvas, "B 3 H W", EXACT), "keep": (keep, "B K", IDS)}
+    sizes = check("patch_gather", expected | expected_moves(moves))
     Grid(sizes["H"], sizes["W"], patch)  # refuses sides that do not fit
     if dtype not in FLOATS:
         raise ValueError(f"patch_gather: dtype={dtype}: must be float64, float32, bfloat16 or float16")
     double = torch.float64 in (canvas.dtype, dtype)
     chosen = choose("patch_gather", impl, canvas, "float64 has no kernel" if double else None)
-    windows: Tensor = _gather(canvas, keep, shift, flip, patch, dtype, chosen)
+    windows: Tensor = _gather(canvas, keep, *moves, patch, dtype, chosen)
     return windows

@@ -16,25 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smi_fast.kernels.common.check import BOOL, FLOATS, IDS, check
+from smi_fast.kernels.common.check import FLOATS, IDS, check, expected_moves
 from smi_fast.kernels.common.configs import best
 from smi_fast.kernels.common.dispatch import Impl, choose, tl, triton
-from smi_fast.kernels.common.grid import Grid, split_shift
+from smi_fast.kernels.common.grid import Grid, Moves, split_shift
 from smi_fast.kernels.common.launch import Config, Launch
 
 
-def patch_ungather_reference(
-    gradient: Tensor, slots: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, grid: Grid
-) -> Tensor:
+def patch_ungather_reference(gradient: Tensor, slots: Tensor, ids: Tensor, moves: Moves, grid: Grid) -> Tensor:
     """Plain torch; shapes as in `patch_ungather`."""
     batch, patch = gradient.shape[0], grid.patch
-    _, remainder = split_shift(shift, patch)
+    _, remainder = split_shift(moves.shift, patch)
     steps = torch.arange(patch, device=gradient.device)
-    y = (updated // grid.columns * patch + remainder[:, :1])[:, :, None] + steps  # [B, A, P]
-    x = (updated % grid.columns * patch + remainder[:, 1:])[:, :, None] + steps
+    y = (ids // grid.columns * patch + remainder[:, :1])[:, :, None] + steps  # [B, A, P]
+    x = (ids % grid.columns * patch + remainder[:, 1:])[:, :, None] + steps
     y, x = y % grid.height, x % grid.width
     cell = (y // patch * grid.columns)[..., :, None] + (x // patch)[..., None, :]  # [B, A, P, P]
-    column = torch.where(flip[:, None, None], patch - 1 - x % patch, x % patch)
+    column = torch.where(moves.flip[:, None, None], patch - 1 - x % patch, x % patch)
     offset = (y % patch * patch)[..., :, None] + column[..., None, :]
     # a cell without a window reads zeros that are put behind the windows
     begin = torch.where(slots >= 0, slots, gradient.shape[1]).long() * (patch * patch)  # [B, L]
@@ -45,10 +43,10 @@ def patch_ungather_reference(
     return values.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
 
 
-def patch_scatter_reference(gradient: Tensor, slots: Tensor, shift: Tensor, flip: Tensor, grid: Grid) -> Tensor:
+def patch_scatter_reference(gradient: Tensor, slots: Tensor, moves: Moves, grid: Grid) -> Tensor:
     """Plain torch; shapes as in `patch_scatter`."""
     everything = torch.arange(grid.patches, device=slots.device).repeat(len(slots), 1)
-    patches = patch_ungather_reference(gradient, slots, everything, shift, flip, grid)
+    patches = patch_ungather_reference(gradient, slots, everything, moves, grid)
     patches = patches.unflatten(1, (grid.rows, grid.columns)).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(len(slots), 3, grid.height, grid.width)
 
@@ -99,7 +97,7 @@ def covering_offset(y, x, slots, ry, rx, flip, inside, HEIGHT: tl.constexpr, WID
 def ungather_kernel(
     gradient,  # [B, K, 3, P, P]
     slots,  # [B, L] int32
-    updated,  # [B, A] int64
+    ids,  # [B, A] int64
     shift,  # [B, 2] int64
     flip,  # [B] bool
     patches,  # [B, A, 3, P, P]
@@ -111,7 +109,7 @@ def ungather_kernel(
     BLOCK: tl.constexpr,
 ):
     image = tl.program_id(1).to(tl.int64)
-    linear, y, x, inside = own_pixels(updated, image, count, WIDTH, P, BLOCK)
+    linear, y, x, inside = own_pixels(ids, image, count, WIDTH, P, BLOCK)
     ry = shift_remainder(tl.load(shift + 2 * image), P)
     rx = shift_remainder(tl.load(shift + 2 * image + 1), P)
     flipped = tl.load(flip + image) != 0
@@ -153,76 +151,69 @@ def scatter_kernel(
 
 
 def ungather_launch(
-    gradient: Tensor,
-    place: tuple[Tensor, Tensor, Tensor, Tensor],
-    patches: Tensor,
-    grid: Grid,
-    config: Config | None = None,
-) -> Launch:
-    """Launch of the ungather into ``patches``, ``[B, A, 3, P, P]``; ``place``: slots, updated, shift, flip."""
-    slots, updated, shift, flip = place
-    batch, count = updated.shape
-    config = config or best("patch_ungather", grid.patch, lambda c: ungather_launch(gradient, place, patches, grid, c))
-    tensors = {"gradient": gradient, "slots": slots, "updated": updated, "shift": shift, "flip": flip}
-    return Launch(
+    gradient: Tensor, slots: Tensor, ids: Tensor, moves: Moves, grid: Grid, config: Config | None = None
+) -> tuple[Launch, Tensor]:
+    """Launch of the ungather, and the patches it fills, ``[B, A, 3, P, P]``."""
+    batch, count = ids.shape
+    places = (gradient, slots, ids, moves, grid)
+    config = config or best("patch_ungather", grid.patch, lambda c: ungather_launch(*places, c)[0])
+    patches = gradient.new_empty(batch, count, 3, grid.patch, grid.patch, dtype=torch.float32)
+    tensors = {"gradient": gradient, "slots": slots, "ids": ids, **moves._asdict(), "patches": patches}
+    launch = Launch(
         ungather_kernel,
         (triton.cdiv(count * grid.patch**2, config.block), batch),
-        {**tensors, "patches": patches, "kept": gradient.shape[1], "count": count},
+        {**tensors, "kept": gradient.shape[1], "count": count},
         {"HEIGHT": grid.height, "WIDTH": grid.width, "P": grid.patch, "BLOCK": config.block},
         config.warps,
     )
+    return launch, patches
 
 
 def scatter_launch(
-    gradient: Tensor,
-    place: tuple[Tensor, Tensor, Tensor],
-    canvas: Tensor,
-    patch: int,
-    config: Config | None = None,
-) -> Launch:
-    """Launch of the scatter into ``canvas``, ``[B, 3, H, W]``; ``place``: slots, shift, flip."""
-    slots, shift, flip = place
-    batch, _, height, width = canvas.shape
-    config = config or best("patch_scatter", patch, lambda c: scatter_launch(gradient, place, canvas, patch, c))
-    tensors = {"gradient": gradient, "slots": slots, "shift": shift, "flip": flip, "canvas": canvas}
-    return Launch(
+    gradient: Tensor, slots: Tensor, moves: Moves, grid: Grid, config: Config | None = None
+) -> tuple[Launch, Tensor]:
+    """Launch of the scatter, and the canvas it fills, ``[B, 3, H, W]``."""
+    batch = len(slots)
+    places = (gradient, slots, moves, grid)
+    config = config or best("patch_scatter", grid.patch, lambda c: scatter_launch(*places, c)[0])
+    canvas = gradient.new_empty(batch, 3, grid.height, grid.width, dtype=torch.float32)
+    tensors = {"gradient": gradient, "slots": slots, **moves._asdict(), "canvas": canvas}
+    launch = Launch(
         scatter_kernel,
-        (triton.cdiv(height * width, config.block), batch),
+        (triton.cdiv(grid.height * grid.width, config.block), batch),
         {**tensors, "kept": gradient.shape[1]},
-        {"HEIGHT": height, "WIDTH": width, "P": patch, "BLOCK": config.block},
+        {"HEIGHT": grid.height, "WIDTH": grid.width, "P": grid.patch, "BLOCK": config.block},
         config.warps,
     )
+    return launch, canvas
 
 
 @torch.library.custom_op("smi_fast::patch_ungather", mutates_args=())
 def _ungather(
-    gradient: Tensor, slots: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, side: list[int], impl: str
+    gradient: Tensor, slots: Tensor, ids: Tensor, shift: Tensor, flip: Tensor, side: list[int], impl: str
 ) -> Tensor:
-    grid = Grid(*side)
+    grid, moves = Grid(*side), Moves(shift, flip)
     if impl == "torch":
-        return patch_ungather_reference(gradient, slots, updated, shift, flip, grid)
-    patches = gradient.new_empty(*updated.shape, 3, grid.patch, grid.patch, dtype=torch.float32)
-    place = (slots.contiguous(), updated.contiguous(), shift.contiguous(), flip.contiguous())
-    ungather_launch(gradient.contiguous(), place, patches, grid).run()
+        return patch_ungather_reference(gradient, slots, ids, moves, grid)
+    tensors = (gradient.contiguous(), slots.contiguous(), ids.contiguous())
+    launch, patches = ungather_launch(*tensors, moves.contiguous(), grid)
+    launch.run()
     return patches
 
 
 @_ungather.register_fake
-def _(
-    gradient: Tensor, slots: Tensor, updated: Tensor, shift: Tensor, flip: Tensor, side: list[int], impl: str
-) -> Tensor:
+def _(gradient: Tensor, slots: Tensor, ids: Tensor, shift: Tensor, flip: Tensor, side: list[int], impl: str) -> Tensor:
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    return gradient.new_empty(*updated.shape, 3, side[2], side[2], dtype=dtype)
+    return gradient.new_empty(*ids.shape, 3, side[2], side[2], dtype=dtype)
 
 
 @torch.library.custom_op("smi_fast::patch_scatter", mutates_args=())
 def _scatter(gradient: Tensor, slots: Tensor, shift: Tensor, flip: Tensor, side: list[int], impl: str) -> Tensor:
-    grid = Grid(*side)
+    grid, moves = Grid(*side), Moves(shift, flip)
     if impl == "torch":
-        return patch_scatter_reference(gradient, slots, shift, flip, grid)
-    canvas = gradient.new_empty(len(slots), 3, grid.height, grid.width, dtype=torch.float32)
-    place = (slots.contiguous(), shift.contiguous(), flip.contiguous())
-    scatter_launch(gradient.contiguous(), place, canvas, grid.patch).run()
+        return patch_scatter_reference(gradient, slots, moves, grid)
+    launch, canvas = scatter_launch(gradient.contiguous(), slots.contiguous(), moves.contiguous(), grid)
+    launch.run()
     return canvas
 
 
@@ -233,22 +224,15 @@ def _(gradient: Tensor, slots: Tensor, shift: Tensor, flip: Tensor, side: list[i
 
 
 def patch_ungather(
-    gradient: Tensor,
-    slots: Tensor,
-    updated: Tensor,
-    shift: Tensor,
-    flip: Tensor,
-    grid: Grid,
-    *,
-    impl: Impl | None = None,
+    gradient: Tensor, slots: Tensor, ids: Tensor, moves: Moves, grid: Grid, *, impl: Impl | None = None
 ) -> Tensor:
     """Bring the gradient of the windows back to the pixels of the updated patches.
 
     Args:
-        gradient: ``[B, K, 3 * P * P]``, of the windows that ``patch_gather`` gave for the same keep, shift and flip.
+        gradient: ``[B, K, 3 * P * P]``, of the windows that ``patch_gather`` gave for the same keep and moves.
         slots: ``[B, L]`` int32, `slot_of_patch` of the kept ids.
-        updated: ``[B, A]`` int64 patch ids whose pixels are updated: the kept ones where stopping is real.
-        shift, flip: as in `patch_gather`.
+        ids: ``[B, A]`` int64, the patches whose pixels are updated: the kept ones where stopping is real.
+        moves: shift and flip of each image, as in `patch_gather`.
         impl: see ``dispatch.py``.
 
     Returns:
@@ -260,25 +244,22 @@ def patch_ungather(
     expected = {
         "gradient": (gradient, "B K N", FLOATS),
         "slots": (slots, "B L", (torch.int32,)),
-        "updated": (updated, "B A", IDS),
-        "shift": (shift, "B 2", IDS),
-        "flip": (flip, "B", BOOL),
+        "ids": (ids, "B A", IDS),
+        **expected_moves(moves),
     }
     check("patch_ungather", expected, N=grid.patch_values, L=grid.patches)
     double = "float64 has no kernel" if gradient.dtype == torch.float64 else None
     chosen = choose("patch_ungather", impl, gradient, double)
     side = [grid.height, grid.width, grid.patch]
-    patches: Tensor = _ungather(gradient, slots, updated, shift, flip, side, chosen)
+    patches: Tensor = _ungather(gradient, slots, ids, *moves, side, chosen)
     return patches
 
 
-def patch_scatter(
-    gradient: Tensor, slots: Tensor, shift: Tensor, flip: Tensor, grid: Grid, *, impl: Impl | None = None
-) -> Tensor:
+def patch_scatter(gradient: Tensor, slots: Tensor, moves: Moves, grid: Grid, *, impl: Impl | None = None) -> Tensor:
     """The transpose of `patch_gather`: the gradient of the windows as that of a canvas.
 
     Args:
-        gradient, slots, shift, flip: as in `patch_ungather`.
+        gradient, slots, moves: as in `patch_ungather`.
         impl: see ``dispatch.py``.
 
     Returns:
@@ -290,11 +271,10 @@ def patch_scatter(
     expected = {
         "gradient": (gradient, "B K N", FLOATS),
         "slots": (slots, "B L", (torch.int32,)),
-        "shift": (shift, "B 2", IDS),
-        "flip": (flip, "B", BOOL),
+        **expected_moves(moves),
     }
     check("patch_scatter", expected, N=grid.patch_values, L=grid.patches)
     double = "float64 has no kernel" if gradient.dtype == torch.float64 else None
     chosen = choose("patch_scatter", impl, gradient, double)
-    canvas: Tensor = _scatter(gradient, slots, shift, flip, [grid.height, grid.width, grid.patch], chosen)
+    canvas: Tensor = _scatter(gradient, slots, *moves, [grid.height, grid.width, grid.patch], chosen)
     return canvas

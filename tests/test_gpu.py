@@ -18,7 +18,7 @@ from smi_fast.engine.inverter import Impl
 from smi_fast.engine.runner import Runner
 from smi_fast.engine.state import State, new_state, stop_patches, uses_kernels
 from smi_fast.engine.step import build_step
-from smi_fast.kernels.common.grid import Grid
+from smi_fast.kernels.common.grid import Grid, Moves
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.model import load_model
 from smi_fast.model.attention import CUDA_BACKENDS, NAMES, attention, packed_attention, parts_of, why_not
@@ -176,7 +176,7 @@ def test_large_shapes_are_exact() -> None:
     keep = torch.rand(batch, grid.patches, generator=draw, device="cuda").argsort(1)[:, :kept].sort(1).values
     shift = torch.randint(-28, 29, (batch, 2), generator=draw, device="cuda")
     flip = torch.rand(batch, generator=draw, device="cuda") < 0.5
-    args = (canvas, keep, shift, flip, 16, torch.bfloat16)
+    args = (canvas, keep, Moves(shift, flip), 16, torch.bfloat16)
     assert torch.equal(patch_gather(*args), patch_gather(*args, impl="torch"))
 
 

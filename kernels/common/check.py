@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from smi_fast.kernels.common.grid import Moves
+
 IDS = (torch.int64,)
 BOOL = (torch.bool,)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +51,11 @@ def check(op: str, expected: Mapping[str, Expected], **known: int) -> dict[str, 
             first = next(iter(expected))
             raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {device}: must be on one device")
     return sizes
+
+
+def expected_moves(moves: Moves, prefix: str = "moves") -> dict[str, Expected]:
+    """What `check` is to hold moves against."""
+    return {f"{prefix}.shift": (moves.shift, "B 2", IDS), f"{prefix}.flip": (moves.flip, "B", BOOL)}
 
 
 def check_ids(name: str, ids: Tensor, patches: int) -> None:

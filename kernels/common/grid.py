@@ -12,6 +12,7 @@ flip), and shows the window of the canvas that is displaced from its own place b
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +54,17 @@ class Grid:
     def patch_values(self) -> int:
         """``3 * P * P``, the numbers in a patch."""
         return 3 * self.patch * self.patch
+
+
+class Moves(NamedTuple):
+    """How each image of a batch is jittered: a shift, then perhaps a flip."""
+
+    shift: Tensor  # [B, 2] int64, (dy, dx) in pixels, any sign and size
+    flip: Tensor  # [B] bool, mirrored left to right after the shift
+
+    def contiguous(self) -> "Moves":
+        """The same moves in dense memory, as kernels read them."""
+        return Moves(self.shift.contiguous(), self.flip.contiguous())
 
 
 def split_shift(shift: Tensor, patch: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from smi_fast.config import InversionConfig
 from smi_fast.engine.state import State, uses_kernels
 from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Updated, adam_update, adam_values
-from smi_fast.kernels.common.grid import target_cells
+from smi_fast.kernels.common.grid import Moves, target_cells
 from smi_fast.kernels.patch_cells import put_patches_, take_patches
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.total_variation import Halo
@@ -86,8 +86,8 @@ def build_step(model: SparseViT, config: InversionConfig, priors: Sequence[Prior
     def compute_all(state: State) -> tuple[Tensor | None, ...]:
         found = differentiate(state)
         values = adam_values(*_update_arguments(state, found), constants, terms.tv)
-        state.first.copy_(values.first)
-        state.second.copy_(values.second)
+        state.first.copy_(values.exp_avg)
+        state.second.copy_(values.exp_avg_sq)
         _record(terms, state, values.tv)
         return (values.pixels,)
 
@@ -105,13 +105,15 @@ def build_step(model: SparseViT, config: InversionConfig, priors: Sequence[Prior
     return Step(differentiate, update) if uses_kernels(model) else Step(compute_all, put_pixels)
 
 
-def _update_arguments(state: State, found: Differentiated) -> tuple[Updated, LossGradient, Tensor, Tensor]:
+def _update_arguments(state: State, found: Differentiated) -> tuple[Updated, LossGradient, Tensor]:
     """Of `adam_update`; where there is a spare canvas, the pixels go there."""
     out = state.canvas if state.spare is None else state.spare
     halo = Halo(state.halo_index, state.halo_share) if state.spare is None else None
     target = Updated(state.canvas, out, state.first, state.second, state.updated, state.updated_slots, halo)
-    gradient = LossGradient(found.of_windows, state.slots, found.shift, found.flip, found.of_patches)
-    return target, gradient, found.rates, found.healthy
+    gradient = LossGradient(
+        found.of_windows, state.slots, Moves(found.shift, found.flip), found.healthy, found.of_patches
+    )
+    return target, gradient, found.rates
 
 
 def _record(terms: Terms, state: State, tv: Tensor | None) -> None:
@@ -124,7 +126,7 @@ def _differentiate(model: SparseViT, config: InversionConfig, terms: Terms, stat
     """Gather, forward, gradient, and the check that all of it is finite."""
     row = state.jitter.index_select(1, state.iteration)[:, 0]  # [B, 3]
     shift, flip = row[:, :2].contiguous(), row[:, 2] == 1
-    windows = patch_gather(state.canvas, state.keep, shift, flip, model.grid.patch, model.dtype)
+    windows = patch_gather(state.canvas, state.keep, Moves(shift, flip), model.grid.patch, model.dtype)
     patches = take_patches(state.canvas, state.updated, model.grid)
     cells = target_cells(state.keep, shift, flip, model.grid)
     losses, scores, of_windows, of_patches = _gradients(model, config, terms, state, (windows, patches, cells))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from smi_fast.kernels.cls_attention import cls_attention
 from smi_fast.kernels.common.check import check_ids
-from smi_fast.kernels.common.grid import Grid
+from smi_fast.kernels.common.grid import Grid, Moves
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.tile_attention import parts_of
 from smi_fast.model.attention import attention, packed_attention, require
@@ -224,7 +224,7 @@ class SparseViT(nn.Module):
         if keep is None:
             keep = torch.arange(self.grid.patches, device=pixels.device).expand(batch, -1)
         still = torch.zeros(batch, 2, dtype=torch.int64, device=pixels.device)
-        return patch_gather(pixels, keep, still, still[:, 0].bool(), self.grid.patch, self.dtype), keep
+        return patch_gather(pixels, keep, Moves(still, still[:, 0].bool()), self.grid.patch, self.dtype), keep
 
     def forward_patches(self, windows: Tensor, cells: Tensor) -> ViTOutput:
         """The forward on patches that are already cut out.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.kernels.common.dispatch import INTERPRETED
-from smi_fast.kernels.common.grid import Grid
+from smi_fast.kernels.common.grid import Grid, Moves
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # bfloat16 is left out under the interpreter: its conversions truncate and its dot products are wrong
@@ -43,8 +43,7 @@ class Case:
     grid: Grid
     canvas: Tensor  # [B, 3, H, W] float32
     keep: Tensor  # [B, K]
-    shift: Tensor  # [B, 2]
-    flip: Tensor  # [B]
+    moves: Moves
 
 
 def generator(salt: int) -> torch.Generator:
@@ -66,7 +65,7 @@ def make_case(grid: Grid, kept: int, batch: int = 3) -> Case:
     shift = (torch.rand(batch, 2, generator=draw) * (2 * far + 1)).long() - far
     flip = torch.arange(batch) % 2 == 0
     keep = some_ids(grid, batch, kept, draw)
-    return Case(grid, canvas.to(DEVICE), keep, shift.to(DEVICE), flip.to(DEVICE))
+    return Case(grid, canvas.to(DEVICE), keep, Moves(shift.to(DEVICE), flip.to(DEVICE)))
 
 
 def counts(grid: Grid) -> list[int]:

@@ -15,7 +15,7 @@ from tests.kernels.cases import DEVICE, DTYPES, GRIDS, assert_near_truth, counts
 pytestmark = pytest.mark.kernel
 RATES = (0.25, 1 - 0.5**3, 1 - 0.99**3)
 TERMS = (None, TVTerm(0.3, "pixel"), TVTerm(0.3, "image"), TVTerm(0.3, "batch"))
-Arguments = tuple[Updated, LossGradient, Tensor, Tensor, AdamConstants]
+Arguments = tuple[Updated, LossGradient, Tensor, AdamConstants]
 
 
 def limits(dtype: torch.dtype) -> AdamConstants:
@@ -38,25 +38,25 @@ def arguments(grid: Grid, kept: int, dtype: torch.dtype = torch.float32, everywh
     )  # fmt: skip
     windows = randn(3, kept, grid.patch_values).to(dtype)
     slots = slot_of_patch(case.keep, grid.patches)
-    gradient = LossGradient(windows, slots, case.shift, case.flip, randn(*shape))
     healthy = torch.ones(3, dtype=torch.bool, device=DEVICE)
-    return target, gradient, torch.tensor(RATES, device=DEVICE), healthy, limits(torch.float32)
+    gradient = LossGradient(windows, slots, case.moves, healthy, randn(*shape))
+    return target, gradient, torch.tensor(RATES, device=DEVICE), limits(torch.float32)
 
 
 def in_double(args: Arguments) -> Arguments:
     """The same inputs for the float64 truth."""
-    target, gradient, rates, healthy, _ = args
+    target, gradient, rates, _ = args
 
     def double(thing: Any) -> Any:
-        values = {name: value.double() for name, value in vars(thing).items() if value is not None}
-        return replace(thing, **{k: v for k, v in values.items() if getattr(thing, k).is_floating_point()})
+        tensors = {name: value for name, value in vars(thing).items() if isinstance(value, Tensor)}
+        return replace(thing, **{name: t.double() for name, t in tensors.items() if t.is_floating_point()})
 
-    return double(target), double(gradient), rates.double(), healthy, limits(torch.float64)
+    return double(target), double(gradient), rates.double(), limits(torch.float64)
 
 
 def copied(args: Arguments) -> Arguments:
     """The buffers that are written, copied."""
-    target = replace(args[0], **{name: getattr(args[0], name).clone() for name in ("out", "first", "second")})
+    target = replace(args[0], **{name: getattr(args[0], name).clone() for name in ("out", "exp_avg", "exp_avg_sq")})
     return (target, *args[1:])
 
 
@@ -69,7 +69,7 @@ def test_step_is_as_near_the_truth_as_eager(grid: Grid, tv: TVTerm | None) -> No
         found, eager, truth = copied(args), copied(args), in_double(args)
         values = [adam_update(*a, tv, impl=i) for a, i in ((found, "triton"), (eager, "torch"), (truth, "torch"))]
         mask = patch_mask(found[0].ids, grid)[:, None]
-        for name in ("first", "second", "out"):
+        for name in ("exp_avg", "exp_avg_sq", "out"):
             three = [getattr(a[0], name) for a in (found, eager, truth)]
             if name == "out":  # plain torch fills all of it
                 assert torch.equal(torch.where(mask, 7.0, three[0]), torch.full_like(three[0], 7.0))
@@ -88,7 +88,7 @@ def test_dtypes_of_the_gradient(dtype: torch.dtype) -> None:
     found, eager = copied(args), copied(args)
     adam_update(*found, impl="triton")
     adam_update(*eager, impl="torch")
-    for name in ("first", "second"):
+    for name in ("exp_avg", "exp_avg_sq"):
         torch.testing.assert_close(getattr(found[0], name), getattr(eager[0], name), rtol=1e-6, atol=1e-6)
 
 
@@ -97,13 +97,13 @@ def test_an_unhealthy_image_is_left_alone(bad: float) -> None:
     args = arguments(Grid(24, 16, 8), 4)
     args[0].canvas[1] *= 100  # not even the clamp may touch it
     args[1].windows[1] = bad
-    args[3][1] = False
+    args[1].healthy[1] = False
     after = copied(args)
     adam_update(*after, TVTerm(0.1, "pixel"), impl="triton")
     mask = patch_mask(args[0].ids, Grid(24, 16, 8))[:, None]
     assert torch.equal(torch.where(mask, after[0].out, 0)[1], torch.where(mask, args[0].canvas, 0)[1])
     assert torch.isfinite(after[0].out).all()
-    for name in ("first", "second"):
+    for name in ("exp_avg", "exp_avg_sq"):
         old, new = getattr(args[0], name), getattr(after[0], name)
         assert torch.equal(old[1], new[1])
         assert not torch.equal(old[0], new[0])
@@ -112,12 +112,12 @@ def test_an_unhealthy_image_is_left_alone(bad: float) -> None:
 
 def test_colours_stay_within_their_channels_limits() -> None:
     args = arguments(Grid(24, 16, 8), 6)
-    args[0].first.mul_(1000)
+    args[0].exp_avg.mul_(1000)
     adam_update(*args, impl="triton")
     for channel in range(3):
         pixels = args[0].out[:, channel]
-        assert pixels.min() == args[4].low[channel].item()
-        assert pixels.max() == args[4].high[channel].item()
+        assert pixels.min() == args[3].low[channel].item()
+        assert pixels.max() == args[3].high[channel].item()
 
 
 def test_it_is_the_same_each_time() -> None:
@@ -125,7 +125,7 @@ def test_it_is_the_same_each_time() -> None:
     first, second = copied(args), copied(args)
     values = [adam_update(*a, TVTerm(0.3, "batch"), impl="triton") for a in (first, second)]
     assert torch.equal(*values)  # type: ignore[arg-type]
-    for name in ("out", "first", "second"):
+    for name in ("out", "exp_avg", "exp_avg_sq"):
         assert torch.equal(getattr(first[0], name), getattr(second[0], name))
 
 
@@ -133,8 +133,8 @@ def test_refusals() -> None:
     args = arguments(Grid(24, 16, 8), 4)
     with pytest.raises(ValueError, match="out is the canvas itself"):
         adam_update(replace(args[0], out=args[0].canvas), *args[1:], impl="triton")
-    sideways = args[0].first.transpose(3, 4)
-    with pytest.raises(ValueError, match="first is not contiguous"):
-        adam_update(replace(args[0], first=sideways), *args[1:], impl="triton")
+    sideways = args[0].exp_avg.transpose(3, 4)
+    with pytest.raises(ValueError, match="exp_avg is not contiguous"):
+        adam_update(replace(args[0], exp_avg=sideways), *args[1:], impl="triton")
     with pytest.raises(ValueError, match="float64 has no kernel"):
         adam_update(*in_double(args), impl="triton")

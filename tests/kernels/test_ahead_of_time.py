@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, empty
 
-from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Updated, adam_launch
+from smi_fast.kernels.adam_update import AdamConstants, LossGradient, MeasuredTV, TVTerm, Updated, adam_launch
 from smi_fast.kernels.cls_attention import attention_backward_launch, attention_launch, token_major
 from smi_fast.kernels.common.dispatch import HAS_TRITON, INTERPRETED
-from smi_fast.kernels.common.grid import Grid
+from smi_fast.kernels.common.grid import Grid, Moves
 from smi_fast.kernels.common.launch import Launch
 from smi_fast.kernels.patch_gather import gather_launch
 from smi_fast.kernels.patch_mask import composite_launch, mask_launch, statistics_launch
@@ -67,10 +67,9 @@ class Inputs:
         return empty(BATCH, self.grid.patches, dtype=torch.int32, device="meta")
 
     @property
-    def moves(self) -> tuple[Tensor, Tensor]:
-        """Shift and flip."""
+    def moves(self) -> Moves:
         shift = empty(BATCH, 2, dtype=torch.int64, device="meta")
-        return shift, empty(BATCH, dtype=torch.bool, device="meta")
+        return Moves(shift, empty(BATCH, dtype=torch.bool, device="meta"))
 
     @property
     def windows(self) -> Tensor:
@@ -82,15 +81,15 @@ class Inputs:
 
 
 def gather(i: Inputs) -> Launch:
-    return gather_launch(i.canvas, i.ids, *i.moves, i.windows, i.grid.patch)
+    return gather_launch(i.canvas, i.ids, i.moves, i.grid.patch, i.dtype)[0]
 
 
 def ungather(i: Inputs) -> Launch:
-    return ungather_launch(i.windows, (i.slots, i.ids, *i.moves), i.patches, i.grid)
+    return ungather_launch(i.windows, i.slots, i.ids, i.moves, i.grid)[0]
 
 
 def scatter(i: Inputs) -> Launch:
-    return scatter_launch(i.windows, (i.slots, *i.moves), i.canvas, i.grid.patch)
+    return scatter_launch(i.windows, i.slots, i.moves, i.grid)[0]
 
 
 def variation(i: Inputs, pixel: bool, sums: bool = False) -> Launch:
@@ -103,9 +102,9 @@ def update(i: Inputs, norm: TVNorm | None = "pixel") -> Launch:
     target = Updated(i.canvas, i.canvas, i.patches, i.patches, i.ids, i.slots)
     limit = empty(3, 1, 1, device="meta")
     constants = AdamConstants(0.5, 0.99, 1e-8, limit, limit)
-    steer = (empty(3, device="meta"), empty(BATCH, dtype=torch.bool, device="meta"))
-    term = TVTerm(1e-4, norm) if norm else None
-    return adam_launch(target, LossGradient(i.windows, i.slots, *i.moves), steer, constants, term)[0]
+    gradient = LossGradient(i.windows, i.slots, i.moves, i.moves.flip)
+    term = MeasuredTV(TVTerm(1e-4, norm)) if norm else None
+    return adam_launch(target, gradient, empty(3, device="meta"), constants, term)[0]
 
 
 def attention(i: Inputs, tokens: int, queries: int = 1, width: int = 64, backward: bool = False) -> Launch:
@@ -116,7 +115,7 @@ def attention(i: Inputs, tokens: int, queries: int = 1, width: int = 64, backwar
     if not backward:
         return attention_launch(query, key, value, queries)[0]
     d_rows = empty(BATCH, 12, tokens - queries, device="meta")
-    return attention_backward_launch(query, key, value, token_major(query, queries), d_rows)[0]
+    return attention_backward_launch((query, key, value), token_major(query, queries), d_rows)[0]
 
 
 def tile(i: Inputs, tokens: int, backward: bool = False) -> Launch:

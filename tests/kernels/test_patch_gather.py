@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smi_fast.kernels.common.grid import Grid, slot_of_patch
+from smi_fast.kernels.common.grid import Grid, Moves, slot_of_patch
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.patch_ungather import patch_scatter, patch_ungather
 from tests.kernels.cases import DEVICE, DTYPES, GRIDS, counts, generator, make_case, size, some_ids
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.kernel
 def test_gather_is_exact(grid: Grid, dtype: torch.dtype) -> None:
     for kept in counts(grid):
         case = make_case(grid, kept)
-        where = (case.canvas, case.keep, case.shift, case.flip, grid.patch, dtype)
+        where = (case.canvas, case.keep, case.moves, grid.patch, dtype)
         assert torch.equal(patch_gather(*where, impl="triton"), patch_gather(*where, impl="torch"))
 
 
@@ -28,8 +28,8 @@ def test_ungather_is_exact(grid: Grid, dtype: torch.dtype) -> None:
         gradient = torch.randn(3, kept, grid.patch_values, generator=draw).to(DEVICE, dtype)
         slots = slot_of_patch(case.keep, grid.patches)
         everything = torch.arange(grid.patches, device=DEVICE).repeat(3, 1)
-        for updated in (case.keep, everything, some_ids(grid, 3, 1 + kept // 2, draw)):
-            where = (gradient, slots, updated, case.shift, case.flip, grid)
+        for ids in (case.keep, everything, some_ids(grid, 3, 1 + kept // 2, draw)):
+            where = (gradient, slots, ids, case.moves, grid)
             assert torch.equal(patch_ungather(*where, impl="triton"), patch_ungather(*where, impl="torch"))
 
 
@@ -39,7 +39,7 @@ def test_scatter_is_exact(grid: Grid, dtype: torch.dtype) -> None:
     for kept in counts(grid):
         case, draw = make_case(grid, kept), generator(kept + 3)
         gradient = torch.randn(3, kept, grid.patch_values, generator=draw).to(DEVICE, dtype)
-        where = (gradient, slot_of_patch(case.keep, grid.patches), case.shift, case.flip, grid)
+        where = (gradient, slot_of_patch(case.keep, grid.patches), case.moves, grid)
         assert torch.equal(patch_scatter(*where, impl="triton"), patch_scatter(*where, impl="torch"))
 
 
@@ -52,7 +52,7 @@ def test_every_remainder_of_a_shift() -> None:
         canvas = torch.randn(batch, 3, grid.height, grid.width, generator=generator(0)).to(DEVICE)
         keep = torch.tensor([[0, 2, 4]], device=DEVICE).repeat(batch, 1)
         flip = torch.arange(batch, device=DEVICE) % 2 == 0
-        where = (canvas, keep, shift, flip, patch, torch.float32)
+        where = (canvas, keep, Moves(shift, flip), patch, torch.float32)
         assert torch.equal(patch_gather(*where, impl="triton"), patch_gather(*where, impl="torch"))
 
 
@@ -62,7 +62,7 @@ def test_backward_is_that_of_the_reference(grid: Grid) -> None:
     gradients = []
     for impl in ("triton", "torch"):
         leaf = case.canvas.clone().requires_grad_()
-        windows = patch_gather(leaf, case.keep, case.shift, case.flip, grid.patch, torch.float32, impl=impl)
+        windows = patch_gather(leaf, case.keep, case.moves, grid.patch, torch.float32, impl=impl)
         draws = torch.randn(windows.shape, generator=generator(1)).to(DEVICE)
         gradients += torch.autograd.grad(windows, leaf, draws)
     assert torch.equal(*gradients)
@@ -75,7 +75,5 @@ def test_views_are_as_good_as_copies() -> None:
     keep = torch.stack([case.keep, case.keep * 0], -1)[..., 0]
     assert not wide.is_contiguous()
     assert not keep.is_contiguous()
-    found = patch_gather(wide, keep, case.shift, case.flip, 4, torch.float32, impl="triton")
-    assert torch.equal(
-        found, patch_gather(case.canvas, case.keep, case.shift, case.flip, 4, torch.float32, impl="torch")
-    )
+    found = patch_gather(wide, keep, case.moves, 4, torch.float32, impl="triton")
+    assert torch.equal(found, patch_gather(case.canvas, case.keep, case.moves, 4, torch.float32, impl="torch"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Updated, adam_update
 from smi_fast.kernels.cls_attention import cls_attention
-from smi_fast.kernels.common.grid import Grid, slot_of_patch
+from smi_fast.kernels.common.grid import Grid, Moves, slot_of_patch
 from smi_fast.kernels.patch_cells import put_patches_, take_patches
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.patch_mask import composite, kept_statistics, patch_mask
@@ -37,27 +37,33 @@ class Op:
     tensors: dict[str, Tensor]
 
 
+def moved(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The same arguments, shift and flip as `Moves`."""
+    rest = {name: tensor for name, tensor in tensors.items() if name not in ("shift", "flip")}
+    return {**rest, "moves": Moves(tensors["shift"], tensors["flip"])}
+
+
 def update(
-    canvas: Tensor, first: Tensor, second: Tensor, ids: Tensor, windows: Tensor, shift: Tensor, flip: Tensor,
-    patches: Tensor, rates: Tensor, healthy: Tensor, low: Tensor,
+    canvas: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ids: Tensor, rates: Tensor, low: Tensor,
+    **of_loss: Tensor,
 ) -> Any:  # fmt: skip
-    target = Updated(canvas, CANVAS.clone(), first, second, ids, SLOTS)
-    gradient = LossGradient(windows, SLOTS, shift, flip, patches)
+    target = Updated(canvas, CANVAS.clone(), exp_avg, exp_avg_sq, ids, SLOTS)
+    gradient = LossGradient(slots=SLOTS, **moved(of_loss))  # type: ignore[arg-type]
     constants = AdamConstants(0.5, 0.99, 1e-8, low, LIMIT)
-    return adam_update(target, gradient, rates, healthy, constants, TVTerm(0.1, "pixel"))
+    return adam_update(target, gradient, rates, constants, TVTerm(0.1, "pixel"))
 
 
 OPS = {
     "patch_gather": Op(
-        lambda **t: patch_gather(**t, patch=4, dtype=torch.float32),
+        lambda **t: patch_gather(**moved(t), patch=4, dtype=torch.float32),
         {"canvas": CANVAS, "keep": KEEP, "shift": SHIFT, "flip": FLIP},
     ),
     "patch_ungather": Op(
-        lambda **t: patch_ungather(**t, grid=GRID),
-        {"gradient": WINDOWS, "slots": SLOTS, "updated": KEEP, "shift": SHIFT, "flip": FLIP},
+        lambda **t: patch_ungather(**moved(t), grid=GRID),
+        {"gradient": WINDOWS, "slots": SLOTS, "ids": KEEP, "shift": SHIFT, "flip": FLIP},
     ),
     "patch_scatter": Op(
-        lambda **t: patch_scatter(**t, grid=GRID),
+        lambda **t: patch_scatter(**moved(t), grid=GRID),
         {"gradient": WINDOWS, "slots": SLOTS, "shift": SHIFT, "flip": FLIP},
     ),
     "total_variation": Op(
@@ -66,7 +72,7 @@ OPS = {
     "adam_update": Op(
         update,
         {
-            "canvas": CANVAS, "first": PATCHES, "second": PATCHES.clone(), "ids": KEEP, "windows": WINDOWS,
+            "canvas": CANVAS, "exp_avg": PATCHES, "exp_avg_sq": PATCHES.clone(), "ids": KEEP, "windows": WINDOWS,
             "shift": SHIFT, "flip": FLIP, "patches": PATCHES.clone(), "rates": RATES, "healthy": ~FLIP, "low": -LIMIT,
         },
     ),

@@ -16,7 +16,7 @@ from smi_fast.kernels.common import configs, dispatch
 from smi_fast.kernels.common.check import check, check_ids
 from smi_fast.kernels.common.configs import Config
 from smi_fast.kernels.common.dispatch import KERNELS_VARIABLE, choose
-from smi_fast.kernels.common.grid import Grid, slot_of_patch
+from smi_fast.kernels.common.grid import Grid, Moves, slot_of_patch
 from smi_fast.kernels.common.launch import Launch
 from smi_fast.kernels.patch_gather import gather_launch, patch_gather
 from smi_fast.kernels.patch_ungather import patch_ungather
@@ -125,11 +125,14 @@ def test_check_ids(ids: list[list[int]], message: str) -> None:
         check_ids("keep", torch.tensor(ids), 6)
 
 
+def still() -> Moves:
+    """Two images that are not moved."""
+    return Moves(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool))
+
+
 def gather_arguments() -> dict[str, Any]:
-    shift, flip = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
     keep = torch.tensor([[0, 3, 5], [1, 2, 4]])
-    places = {"keep": keep, "shift": shift, "flip": flip}
-    return {"canvas": torch.zeros(2, 3, 8, 12), **places, "patch": 4, "dtype": torch.float32}
+    return {"canvas": torch.zeros(2, 3, 8, 12), "keep": keep, "moves": still(), "patch": 4, "dtype": torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -140,9 +143,9 @@ def gather_arguments() -> dict[str, Any]:
         ("canvas", torch.zeros(0, 3, 8, 12), "B is 0"),
         ("keep", torch.zeros(2, 0, dtype=torch.int64), "keep of shape (2, 0): K is 0"),
         ("keep", torch.zeros(2, 3, dtype=torch.int32), "keep is int32: must be int64"),
-        ("shift", torch.zeros(2, 3, dtype=torch.int64), "shift of shape (2, 3): must be [B, 2]"),
-        ("flip", torch.zeros(3, dtype=torch.bool), "flip of shape (3,): must be [B] with B=2"),
-        ("flip", torch.zeros(2, dtype=torch.bool, device="meta"), "flip is on meta, canvas on cpu"),
+        ("moves", still()._replace(shift=torch.zeros(2, 3).long()), "moves.shift of shape (2, 3): must be [B, 2]"),
+        ("moves", still()._replace(flip=torch.zeros(3).bool()), "moves.flip of shape (3,): must be [B] with B=2"),
+        ("moves", still()._replace(flip=still().flip.to("meta")), "moves.flip is on meta, canvas on cpu"),
         ("dtype", torch.int32, "dtype=torch.int32"),
         ("patch", 5, "height=8: must be a positive multiple"),
         ("impl", "fast", "impl='fast'"),
@@ -155,11 +158,11 @@ def test_gather_refuses(name: str, value: Any, message: str) -> None:
 
 def test_ungather_refuses() -> None:
     keep = torch.tensor([[0, 3, 5], [1, 2, 4]])
-    slots, shift, flip = slot_of_patch(keep, 6), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
+    slots = slot_of_patch(keep, 6)
     with pytest.raises(ValueError, match=re.escape("gradient of shape (2, 3, 47): must be [B, K, N] with N=48")):
-        patch_ungather(torch.zeros(2, 3, 47), slots, keep, shift, flip, GRID)
+        patch_ungather(torch.zeros(2, 3, 47), slots, keep, still(), GRID)
     with pytest.raises(ValueError, match="slots is int64: must be int32"):
-        patch_ungather(torch.zeros(2, 3, 48), slots.long(), keep, shift, flip, GRID)
+        patch_ungather(torch.zeros(2, 3, 48), slots.long(), keep, still(), GRID)
 
 
 def test_total_variation_refuses() -> None:
@@ -175,27 +178,25 @@ def test_total_variation_refuses() -> None:
 def test_adam_update_refuses() -> None:
     canvas, ids = torch.zeros(2, 3, 8, 12), torch.tensor([[0], [1]])
     moment, slots, limit = torch.zeros(2, 1, 3, 4, 4), slot_of_patch(ids, 6), torch.ones(3, 1, 1)
-    shift, flip = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
-    constants, rates, healthy = AdamConstants(0.5, 0.99, 1e-8, -limit, limit), torch.ones(3), flip
+    constants, rates, healthy = AdamConstants(0.5, 0.99, 1e-8, -limit, limit), torch.ones(3), still().flip
     target = Updated(canvas, canvas, moment, moment.clone(), ids, slots)
-    gradient = LossGradient(torch.zeros(2, 1, 48), slots, shift, flip)
-    adam_update(target, gradient, rates, healthy, constants)
+    gradient = LossGradient(torch.zeros(2, 1, 48), slots, still(), healthy)
+    adam_update(target, gradient, rates, constants)
     with pytest.raises(ValueError, match=re.escape("rates of shape (2,): must be [3]")):
-        adam_update(target, gradient, rates[:2], healthy, constants)
+        adam_update(target, gradient, rates[:2], constants)
     half = Updated(canvas, canvas, moment, moment.double(), ids, slots)
-    with pytest.raises(ValueError, match="second is float64: must be float32"):
-        adam_update(half, gradient, rates, healthy, constants)
+    with pytest.raises(ValueError, match="exp_avg_sq is float64: must be float32"):
+        adam_update(half, gradient, rates, constants)
     with pytest.raises(ValueError, match="norm='l1'"):
-        adam_update(target, gradient, rates, healthy, constants, TVTerm(1.0, "l1"))  # type: ignore[arg-type]
-    more = LossGradient(torch.zeros(2, 1, 48), slots, shift, flip, moment[:, :, :1])
+        adam_update(target, gradient, rates, constants, TVTerm(1.0, "l1"))  # type: ignore[arg-type]
+    more = LossGradient(torch.zeros(2, 1, 48), slots, still(), healthy, moment[:, :, :1])
     with pytest.raises(ValueError, match=r"gradient\.patches of shape"):
-        adam_update(target, more, rates, healthy, constants)
+        adam_update(target, more, rates, constants)
 
 
 def launch_in(config: Config) -> Launch:
     keep = torch.zeros(2, 3, dtype=torch.int64)
-    canvas, windows = torch.zeros(2, 3, 8, 12), torch.zeros(2, 3, 48)
-    return gather_launch(canvas, keep, torch.zeros(2, 2, dtype=torch.int64), keep[:, 0] > 0, windows, 4, config)
+    return gather_launch(torch.zeros(2, 3, 8, 12), keep, still(), 4, torch.float32, config)[0]
 
 
 def test_the_fastest_candidate_is_found_on_copies() -> None:

@@ -15,7 +15,7 @@ from smi_fast.kernels import patch_ungather as ungather_module
 from smi_fast.kernels import select_patches as select_module
 from smi_fast.kernels import tile_attention as tile_module
 from smi_fast.kernels import total_variation as tv_module
-from smi_fast.kernels.common.grid import Grid, slot_of_patch
+from smi_fast.kernels.common.grid import Grid, Moves, slot_of_patch
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.patch_ungather import patch_ungather
 
@@ -24,6 +24,7 @@ KEEP = torch.tensor([[0, 3, 5], [1, 2, 4]])
 SLOTS = slot_of_patch(KEEP, 6)
 SHIFT = torch.tensor([[3, -2], [-5, 7]])
 FLIP = torch.tensor([True, False])
+MOVES = Moves(SHIFT, FLIP)
 
 
 def canvas(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -35,7 +36,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     pixels = canvas(torch.float64 if dtype == torch.float64 else torch.float32)
     opcheck(gather_module._gather, (pixels.requires_grad_(), KEEP, SHIFT, FLIP, 4, dtype, "torch"))
     pixels = pixels.detach()
-    windows = patch_gather(pixels, KEEP, SHIFT, FLIP, 4, dtype)
+    windows = patch_gather(pixels, KEEP, MOVES, 4, dtype)
     opcheck(ungather_module._ungather, (windows, SLOTS, KEEP, SHIFT, FLIP, [8, 12, 4], "torch"))
     opcheck(ungather_module._scatter, (windows, SLOTS, SHIFT, FLIP, [8, 12, 4], "torch"))
     opcheck(cells_module._take, (pixels, KEEP, 4))
@@ -50,8 +51,8 @@ def test_opcheck_of_the_update(norm: str) -> None:
     windows = torch.randn(2, 3, 48, dtype=torch.float64)
     limit = torch.full((3, 1, 1), 2.0, dtype=torch.float64)
     args = (
-        canvas(), canvas() * 0, moments, moments.clone(), KEEP, SLOTS, windows, SLOTS.clone(), SHIFT, FLIP, None,
-        torch.tensor([0.25, 0.5, 0.01], dtype=torch.float64), torch.tensor([True, False]), -limit, limit,
+        canvas(), canvas() * 0, moments, moments.clone(), KEEP, SLOTS, windows, SLOTS.clone(), SHIFT, FLIP,
+        torch.tensor([True, False]), None, torch.tensor([0.25, 0.5, 0.01], dtype=torch.float64), -limit, limit,
         [0.5, 0.99, 1e-8], 0.1, norm,
     )  # fmt: skip
     opcheck(adam_module._adam_op, args)
@@ -109,7 +110,7 @@ def test_gradient_of_the_attention_op_is_that_of_autograd() -> None:
 
 def test_gradcheck() -> None:
     pixels = canvas().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: patch_gather(x, KEEP, SHIFT, FLIP, 4, torch.float64), (pixels,))
+    assert torch.autograd.gradcheck(lambda x: patch_gather(x, KEEP, MOVES, 4, torch.float64), (pixels,))
 
 
 def test_gradcheck_of_the_attention_op() -> None:
@@ -143,8 +144,8 @@ def test_full_graph_of_all_ops(backend: str) -> None:
 
 def test_full_graph() -> None:
     def there_and_back(pixels: Tensor) -> Tensor:
-        windows = patch_gather(pixels, KEEP, SHIFT, FLIP, 4, torch.float32)
-        return patch_ungather(windows * 2, SLOTS, KEEP, SHIFT, FLIP, GRID)
+        windows = patch_gather(pixels, KEEP, MOVES, 4, torch.float32)
+        return patch_ungather(windows * 2, SLOTS, KEEP, MOVES, GRID)
 
     pixels = canvas(torch.float32)
     compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
@@ -153,4 +154,4 @@ def test_full_graph() -> None:
 
 def test_sides_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="height=9"):
-        patch_gather(torch.zeros(2, 3, 9, 12), KEEP, SHIFT, FLIP, 4, torch.float32)
+        patch_gather(torch.zeros(2, 3, 9, 12), KEEP, MOVES, 4, torch.float32)

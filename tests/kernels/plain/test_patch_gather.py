@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smi_fast.kernels.common.grid import Grid, slot_of_patch, split_shift, target_cells
+from smi_fast.kernels.common.grid import Grid, Moves, slot_of_patch, split_shift, target_cells
 from smi_fast.kernels.patch_gather import patch_gather, patch_gather_reference
 from smi_fast.kernels.patch_ungather import patch_ungather
 
@@ -19,8 +19,7 @@ class Case:
 
     grid: Grid
     keep: Tensor  # [B, K]
-    shift: Tensor  # [B, 2]
-    flip: Tensor  # [B]
+    moves: Moves
 
     def canvas(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """``[B, 3, H, W]``, every number different."""
@@ -48,7 +47,7 @@ def cases(draw: st.DrawFn) -> Case:
         for _ in range(batch)
     ]
     flips = [draw(st.booleans()) for _ in range(batch)]
-    return Case(grid, keep, torch.tensor(shifts), torch.tensor(flips))
+    return Case(grid, keep, Moves(torch.tensor(shifts), torch.tensor(flips)))
 
 
 def jittered(image: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
@@ -67,11 +66,11 @@ def cut(image: Tensor, grid: Grid) -> list[Tensor]:
 @given(cases())
 def test_windows_are_the_crops_of_the_jittered_image(case: Case) -> None:
     canvas = case.canvas()
-    windows = patch_gather(canvas, case.keep, case.shift, case.flip, case.grid.patch, canvas.dtype)
-    cells = target_cells(case.keep, case.shift, case.flip, case.grid)
+    windows = patch_gather(canvas, case.keep, case.moves, case.grid.patch, canvas.dtype)
+    cells = target_cells(case.keep, *case.moves, case.grid)
     assert windows.shape == (*case.keep.shape, case.grid.patch_values)
     for b in range(len(canvas)):
-        crops = cut(jittered(canvas[b], case.shift[b], case.flip[b]), case.grid)
+        crops = cut(jittered(canvas[b], case.moves.shift[b], case.moves.flip[b]), case.grid)
         for k, cell in enumerate(cells[b].tolist()):
             assert torch.equal(windows[b, k], crops[cell].flatten())
 
@@ -82,9 +81,9 @@ def test_target_cell_holds_most_of_the_patch(case: Case) -> None:
     grid = case.grid
     ids = torch.arange(grid.patches).reshape(1, grid.rows, grid.columns)
     ids = ids.repeat_interleave(grid.patch, 1).repeat_interleave(grid.patch, 2)  # [1, H, W]: the id of each pixel
-    cells = target_cells(case.keep, case.shift, case.flip, grid)
+    cells = target_cells(case.keep, *case.moves, grid)
     for b, row in enumerate(case.keep.tolist()):
-        crops = cut(jittered(ids, case.shift[b], case.flip[b]), grid)
+        crops = cut(jittered(ids, case.moves.shift[b], case.moves.flip[b]), grid)
         assert len(set(cells[b].tolist())) == len(row)
         for k, patch in enumerate(row):
             counts = [int((crop == patch).sum()) for crop in crops]
@@ -111,7 +110,7 @@ def test_windows_of_all_patches_cover_each_pixel_once(case: Case) -> None:
     grid, batch = case.grid, len(case.keep)
     everything = torch.arange(grid.patches).expand(batch, -1)
     canvas = case.canvas()
-    windows = patch_gather(canvas, everything, case.shift, case.flip, grid.patch, canvas.dtype)
+    windows = patch_gather(canvas, everything, case.moves, grid.patch, canvas.dtype)
     assert torch.equal(windows.reshape(batch, -1).sort(1).values, canvas.reshape(batch, -1))
 
 
@@ -120,7 +119,7 @@ def test_windows_of_all_patches_cover_each_pixel_once(case: Case) -> None:
 def test_ungather_is_the_gradient_of_gather(case: Case, seed: int) -> None:
     grid, batch = case.grid, len(case.keep)
     canvas = case.canvas().requires_grad_()
-    where = (case.keep, case.shift, case.flip, grid.patch, canvas.dtype)
+    where = (case.keep, case.moves, grid.patch, canvas.dtype)
     windows = patch_gather_reference(canvas, *where)  # the op's own backward is patch_ungather
     cotangent = torch.randn(windows.shape, dtype=windows.dtype, generator=torch.Generator().manual_seed(seed))
     (whole,) = torch.autograd.grad(windows, canvas, cotangent)
@@ -129,7 +128,7 @@ def test_ungather_is_the_gradient_of_gather(case: Case, seed: int) -> None:
     everything = torch.arange(grid.patches).expand(batch, -1)
     more = 1 + seed % grid.patches  # patches that are updated, kept or not
     for updated in (case.keep, everything, subsets(grid.patches, batch, more, seed)):
-        found = patch_ungather(cotangent, slot_of_patch(case.keep, grid.patches), updated, case.shift, case.flip, grid)
+        found = patch_ungather(cotangent, slot_of_patch(case.keep, grid.patches), updated, case.moves, grid)
         assert found.dtype == torch.float64
         assert found.shape == (batch, updated.shape[1], 3, grid.patch, grid.patch)
         for b, row in enumerate(updated.tolist()):
@@ -139,11 +138,11 @@ def test_ungather_is_the_gradient_of_gather(case: Case, seed: int) -> None:
 
 def test_a_stopped_neighbour_gets_and_gives_nothing() -> None:
     # one kept patch, displaced by one pixel: a row of its window lies on a stopped patch
-    keep, shift, flip, grid = torch.tensor([[0]]), torch.tensor([[-1, 0]]), torch.tensor([False]), Grid(8, 4, 4)
+    keep, moves, grid = torch.tensor([[0]]), Moves(torch.tensor([[-1, 0]]), torch.tensor([False])), Grid(8, 4, 4)
     ones = torch.ones(1, 1, grid.patch_values)
     slots = slot_of_patch(keep, grid.patches)
-    own = patch_ungather(ones, slots, keep, shift, flip, grid)
-    below = patch_ungather(ones, slots, torch.tensor([[1]]), shift, flip, grid)
+    own = patch_ungather(ones, slots, keep, moves, grid)
+    below = patch_ungather(ones, slots, torch.tensor([[1]]), moves, grid)
     assert own[0, 0, 0].sum(1).tolist() == [0, 4, 4, 4]
     assert below[0, 0, 0].sum(1).tolist() == [4, 0, 0, 0]
 
@@ -151,16 +150,16 @@ def test_a_stopped_neighbour_gets_and_gives_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtypes(dtype: torch.dtype) -> None:
     grid, keep = Grid(6, 9, 3), torch.tensor([[0, 2, 5]])
-    shift, flip = torch.tensor([[4, -7]]), torch.tensor([True])
+    moves = Moves(torch.tensor([[4, -7]]), torch.tensor([True]))
     canvas = torch.randn(1, 3, 6, 9, generator=torch.Generator().manual_seed(0))
-    exact = patch_gather(canvas, keep, shift, flip, 3, torch.float32)
-    low = patch_gather(canvas, keep, shift, flip, 3, dtype)
+    exact = patch_gather(canvas, keep, moves, 3, torch.float32)
+    low = patch_gather(canvas, keep, moves, 3, dtype)
     assert low.dtype == dtype
     assert torch.equal(low, exact.to(dtype))
     slots = slot_of_patch(keep, grid.patches)
-    back = patch_ungather(low, slots, keep, shift, flip, grid)
+    back = patch_ungather(low, slots, keep, moves, grid)
     assert back.dtype == torch.float32
-    assert torch.equal(back, patch_ungather(low.float(), slots, keep, shift, flip, grid))
+    assert torch.equal(back, patch_ungather(low.float(), slots, keep, moves, grid))
 
 
 def test_slot_of_patch() -> None:
@@ -184,4 +183,4 @@ def test_grid_refuses_sides_that_are_no_multiple(size: tuple[int, int, int], mes
 def test_gather_refuses_an_image_that_is_no_multiple() -> None:
     still = torch.zeros(1, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="width=10"):
-        patch_gather(torch.zeros(1, 3, 8, 10), torch.tensor([[0]]), still, still[:, 0].bool(), 4, torch.float32)
+        patch_gather(torch.zeros(1, 3, 8, 10), torch.tensor([[0]]), Moves(still, still[:, 0].bool()), 4, torch.float32)
