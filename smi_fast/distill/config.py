@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from smi_fast.checks import check_rules, count, flag, is_finite, not_negative, one_of, positive, seed
+
 Mode = Literal["probe", "finetune"]
 Optimiser = Literal["sgd", "adamw"]
 LRSchedule = Literal["constant", "cosine"]
@@ -54,32 +56,19 @@ class DistillConfig:
 
 
 def _check(c: DistillConfig) -> None:
-    """Each field against its rule; the first that breaks one is named."""
-    rules: dict[str, tuple[bool, str]] = {
-        "mode": (c.mode in get_args(Mode), f"must be one of {get_args(Mode)}"),
-        "temperature": (_finite(c.temperature) and c.temperature > 0, "must be a positive number"),
-        "scale_by_t2": (isinstance(c.scale_by_t2, bool), "must be True or False"),
-        "optimizer": (c.optimizer in get_args(Optimiser), f"must be one of {get_args(Optimiser)}"),
-        "lr": (_finite(c.lr) and c.lr > 0, "must be a positive number"),
-        "lr_schedule": (c.lr_schedule in get_args(LRSchedule), f"must be one of {get_args(LRSchedule)}"),
-        "momentum": (_finite(c.momentum) and 0 <= c.momentum < 1, "must be a number in [0, 1)"),
-        "weight_decay": (_finite(c.weight_decay) and c.weight_decay >= 0, "must be finite and at least 0"),
-        "flip": (isinstance(c.flip, bool), "must be True or False"),
-        "seed": (is_int(c.seed) and 0 <= c.seed < 2**63, "must be an integer in 0..2**63-1"),
-        "cache": (c.cache in (None, True, False), "must be True, False or None"),
+    """Hold each field to its rule; the first one broken is named."""
+    rules = {
+        "mode": one_of(c.mode, get_args(Mode)),
+        "temperature": positive(c.temperature),
+        "scale_by_t2": flag(c.scale_by_t2),
+        "optimizer": one_of(c.optimizer, get_args(Optimiser)),
+        "lr": positive(c.lr),
+        "lr_schedule": one_of(c.lr_schedule, get_args(LRSchedule)),
+        "momentum": (is_finite(c.momentum) and 0 <= c.momentum < 1, "must be a number in [0, 1)"),
+        "weight_decay": not_negative(c.weight_decay),
+        "flip": flag(c.flip),
+        "seed": seed(c.seed),
+        "cache": (c.cache is None or isinstance(c.cache, bool), "must be True, False or None"),
     }
-    for name in ("steps", "batch_size", "pool", "eval_every", "checkpoint_every"):
-        value = getattr(c, name)
-        rules[name] = (is_int(value) and value >= 1, "must be an integer of at least 1")
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            raise ValueError(f"{name}={getattr(c, name)!r}: {rule}")
-
-
-def is_int(value: Any) -> bool:
-    """An int that is no bool?"""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _finite(value: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    whole = ("steps", "batch_size", "pool", "eval_every", "checkpoint_every")
+    check_rules(c, rules | {name: count(getattr(c, name)) for name in whole})

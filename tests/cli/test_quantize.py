@@ -154,11 +154,11 @@ def test_real_images(data: FakeImages, tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--weights", "9"), r"weight_bits=9: must be a whole number in 2\.\.8"),
+        (("--weights", "9"), r"weight_bits=9: must be an integer in 2\.\.8"),
         (("--activations", "1"), "act_bits=1"),
         (("--scheme", "int"), "scheme='int'"),
         (("--observer", "max"), "observer='max'"),
-        (("--count", "0"), "count=0: must be at least 1"),
+        (("--count", "0"), "count=0: must be an integer of at least 1"),
         (("--limit", "0"), "--limit 0: must be at least 1"),
         (("--calibrate", "nothing"), "--calibrate 'nothing': no such run; must be one, 'gaussian', or folder:PATH"),
         (("--calibrate", "cifar10:x", "--count", "13"), r"--count 13: must be in 1\.\.12"),
