@@ -61,7 +61,7 @@ class Source:
 
     def _real(self, replicate: int, count: int, pruned: bool) -> Images:
         indices = random_indices(len(self.data), count, replicate)
-        batches = self.data.batches(self.teacher.info, self.teacher.grid, BATCH, indices)
+        batches = self.data.batches(self.teacher, BATCH, indices)
         pixels = torch.cat([pixels for pixels, _ in batches])
         return Images(pixels, self._kept(pixels) if pruned else None, 0.0)
 

@@ -68,7 +68,7 @@ class Judge:
         model = quantize(teacher, calibration, QuantConfig(bits, ACT_BITS, scheme))
         self.fused = self.fused or FusedViT(model)
         self.fused.load(model)
-        pixels, _ = next(self.test.batches(teacher.info, teacher.grid, BATCH))
+        pixels, _ = next(self.test.batches(teacher, BATCH))
         close = check(self.fused, model, pixels.to(teacher.device))
         return self._top1(self.fused) | {"compiled_sqnr_db": round(close, 1)}
 
@@ -77,8 +77,7 @@ class Judge:
         found = top1(
             lambda pixels: forward(pixels.to(teacher.device)),
             self.test,
-            teacher.info,
-            teacher.grid,
+            teacher,
             batch_size=BATCH,
             limit=self.limit,
         )

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.quality_images import Source, test_name
 from smi_fast.datasets import RealImages
-from smi_fast.distill import Student, build_student, probe_features
+from smi_fast.distill import Student, StudentWeights, build_student, probe_features
 from smi_fast.model.from_timm import weights_sha256
 from smi_fast.model.spec import ModelInfo
 
@@ -29,14 +28,13 @@ def make_student(name: str, args: argparse.Namespace, source: Source, seed: int)
     classes, device, info = teacher.shape.num_classes, teacher.device, teacher.info
     if name == "probe":
         file: Path | None = args.student_checkpoint
-        known: dict[str, Any] = {"pretrained": True} if file is None else {"checkpoint": file}
-        return build_student(
-            args.student, classes, img_size=args.student_size, **known, new_head=True, seed=seed, device=device
-        )
+        weights = StudentWeights(file, pretrained=file is None, new_head=True, seed=seed)
+        return build_student(args.student, classes, img_size=args.student_size, weights=weights, device=device)
     if name == "own":
         with resources.as_file(resources.files("smi_fast.model") / "assets" / "demo.safetensors") as demo:
-            known = {"checkpoint": Path(demo)} if info.name == "demo" else {"pretrained": True}
-            return build_student(info.name, classes, **known, new_head=True, seed=seed, device=device)
+            own = Path(demo) if info.name == "demo" else None
+            weights = StudentWeights(own, pretrained=own is None, new_head=True, seed=seed)
+            return build_student(info.name, classes, weights=weights, device=device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         grid = teacher.grid
@@ -53,7 +51,7 @@ def judge(name: str, student: Student, test: RealImages, args: argparse.Namespac
     labels, device = test.labels, student.device
 
     def batches() -> Iterator[Tensor]:
-        return (pixels for pixels, _ in test.batches(student.info, student.grid, BATCH))
+        return (pixels for pixels, _ in test.batches(student, BATCH))
 
     if name == "scratch":
 

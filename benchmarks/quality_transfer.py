@@ -10,8 +10,7 @@ from benchmarks.quality_images import KINDS, Images, Source, test_name
 from benchmarks.quality_quantize import read
 from benchmarks.quality_students import Judge, judge, make_student, share
 from smi_fast.datasets import RealImages
-from smi_fast.distill import DistillConfig, ImageSet, Student, Trainer
-from smi_fast.distill.pair import Pair
+from smi_fast.distill import DistillConfig, ImageSet, Pair, Student, Trainer
 
 # lr 0.1 of the paper, times T^2, is too large for features that LayerNorm leaves this long: accuracy stays at chance
 PROBE: dict[str, Any] = {"mode": "probe", "lr": 1e-3, "steps": 1000}
@@ -72,7 +71,7 @@ def train(name: str, source: Source, student: Student, images: Images, top1: Jud
     """One student; its accuracy, and the seconds of inversion and training."""
     chosen = SCRATCH if name == "scratch" else PROBE
     config = DistillConfig(**chosen, seed=seed, eval_every=chosen["steps"])
-    result = Trainer(source.teacher, student, config, pool_of(source, images), evaluate=top1).run()
+    result = Trainer(Pair(source.teacher, student), config, pool_of(source, images), evaluate=top1).run()
     accuracy = result.curve[-1].accuracy
     assert accuracy is not None
     seconds = {"inversion_s": round(images.seconds, 1), "training_s": round(result.seconds, 1)}

@@ -19,7 +19,17 @@ from smi_fast.cli.distill_progress import TrainingBar
 from smi_fast.cli.invert import use_tuned
 from smi_fast.config import InversionConfig
 from smi_fast.datasets import open_dataset, random_indices
-from smi_fast.distill import Alternating, DistillConfig, DistillResult, RunFolder, Student, Trainer, build_student
+from smi_fast.distill import (
+    Alternating,
+    DistillConfig,
+    DistillResult,
+    Pair,
+    RunFolder,
+    Student,
+    StudentWeights,
+    Trainer,
+    build_student,
+)
 from smi_fast.distill.curves import has_tensorboard
 from smi_fast.distill.folder import CHECKPOINT
 from smi_fast.engine import Inverter
@@ -103,10 +113,7 @@ def distill(
         student,
         vit.shape.num_classes,
         img_size=student_image_size,
-        checkpoint=student_checkpoint,
-        pretrained=student_pretrained,
-        new_head=mode == "probe",
-        seed=seed,
+        weights=StudentWeights(student_checkpoint, student_pretrained, new_head=mode == "probe", seed=seed),
         device=where,
     )
     console = Console(stderr=True, quiet=quiet)
@@ -118,7 +125,7 @@ def distill(
         source = Alternating(inverter, images_per_round, steps_per_round, {"inversion": inversion.to_dict()})
     judge = None if evaluate is None else evaluator(evaluate, learner, config, limit)
     with TrainingBar(console, config.steps) as bar:
-        trainer = Trainer(vit, learner, config, source, evaluate=judge, folder=folder, progress=bar)
+        trainer = Trainer(Pair(vit, learner), config, source, evaluate=judge, folder=folder, progress=bar)
         result = _run(trainer, bar)
     write_json(out / REPORT, _report(trainer, result, evaluate, images), overwrite=True)
     best = "" if result.best is None else f", best accuracy {result.best:.4f}"
@@ -165,7 +172,7 @@ def evaluator(spec: str, student: Student, config: DistillConfig, limit: int | N
     seen: list[tuple[Tensor, Tensor]] = []
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, labels in real.batches(student.info, student.grid, EVALUATION_BATCH, chosen):
+        for pixels, labels in real.batches(student, EVALUATION_BATCH, chosen):
             yield pixels.to(student.device), labels.to(student.device)
 
     def evaluate(vit: nn.Module) -> float:

@@ -130,7 +130,7 @@ def _real_calibration(spec: str, model: SparseViT, count: int, seed: int) -> Cal
     if not 1 <= count <= len(images):
         raise ValueError(f"--count {count}: must be in 1..{len(images)}, the images of {images.name}")
     chosen = random_indices(len(images), count, seed)
-    pixels = [batch for batch, _ in images.batches(model.info, model.grid, BATCH, chosen)]
+    pixels = [batch for batch, _ in images.batches(model, BATCH, chosen)]
     return Calibration.from_pixels(torch.cat(pixels), name=f"{images.name}, {count} images, seed {seed}")
 
 
@@ -168,7 +168,7 @@ def _evaluate(
             bar(f"top-1, {name}", done, total)
 
         with torch.no_grad():
-            found["top1"][name] = top1(run, images, model.info, model.grid, limit=limit, progress=tell)
+            found["top1"][name] = top1(run, images, model, limit=limit, progress=tell)
     return found
 
 

@@ -1,6 +1,7 @@
 """What is known of a model besides its weights."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from smi_fast.kernels.common.grid import Grid
 
@@ -29,3 +30,15 @@ class ModelInfo:
     mean: tuple[float, float, float]  # of the normalised colour space, RGB in 0..1
     std: tuple[float, float, float]
     class_names: tuple[str, ...] | None = None
+
+
+class TakesImages(Protocol):
+    """A model as a data set sees it: `SparseViT` and `Student` are such."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """Its name and its normalised colours."""
+
+    @property
+    def grid(self) -> Grid:
+        """Its image size and patches."""

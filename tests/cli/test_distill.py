@@ -11,9 +11,8 @@ from torch import Tensor
 
 from smi_fast import SparseImages
 from smi_fast.cli.distill import evaluator
-from smi_fast.distill import DistillConfig, build_student
+from smi_fast.distill import DistillConfig, Student, build_student
 from smi_fast.kernels.common.grid import Grid
-from smi_fast.model import ModelInfo
 from tests.cli.test_cli import run
 
 SMALL = ["--batch-size", "4", "--eval-every", "2", "--device", "cpu", "--quiet", "--no-tensorboard"]
@@ -35,9 +34,9 @@ class Real:
         return 6
 
     def batches(
-        self, info: ModelInfo, grid: Grid, batch_size: int, indices: Sequence[int] | None = None
+        self, model: Student, batch_size: int, indices: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        assert grid == Grid(32, 32, 4)
+        assert model.grid == Grid(32, 32, 4)
         assert self.labels is not None
         self.passes += 1
         rows = torch.tensor(range(6) if indices is None else indices)

@@ -108,20 +108,19 @@ class FakeImages:
         return 12
 
     def batches(
-        self, info: Any, grid: Grid, batch_size: int, indices: Sequence[int] | None = None
+        self, model: Any, batch_size: int, indices: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         draw = torch.Generator().manual_seed(0)
         assert self.labels is not None
         for rows in torch.tensor(list(range(12)) if indices is None else indices).split(batch_size):
-            yield torch.randn(len(rows), 3, grid.height, grid.width, generator=draw), self.labels[rows]
+            yield torch.randn(len(rows), 3, model.grid.height, model.grid.width, generator=draw), self.labels[rows]
 
 
 def top1(
-    run: Callable[[Tensor], Tensor], images: FakeImages, info: Any, grid: Grid, limit: int | None = None, **more: Any
+    run: Callable[[Tensor], Tensor], images: FakeImages, model: Any, limit: int | None = None, **more: Any
 ) -> float:
     right = [
-        (run(pixels).argmax(1) == labels).float()
-        for pixels, labels in images.batches(info, grid, 12, range(limit or 12))
+        (run(pixels).argmax(1) == labels).float() for pixels, labels in images.batches(model, 12, range(limit or 12))
     ]
     more["progress"](limit or 12)
     return float(torch.cat(right).mean())
