@@ -48,22 +48,22 @@ run_tests() {
         [ "$status" -eq 0 ] || grep -E "^(E  |FAILED|ERROR)" "$OUT/gpu-$name.log" | head -n 40
         note "$status" "$name"
     done
-    part 120 kernels "$PYTHON" -m benchmarks.kernels --seconds 85 --compiled 1 --out "$OUT/kernels-cuda.csv"
-    part 190 engine "$PYTHON" -m benchmarks.engine --device cuda --model deit_base_patch16_224 --batch 64 --quick \
+    part 120 kernels "$PYTHON" -m benchmarks run kernels --seconds 85 --compiled 1 --out "$OUT/kernels-cuda.csv"
+    part 190 engine "$PYTHON" -m benchmarks run engine --device cuda --model deit_base_patch16_224 --batch 64 --quick \
         --stages sparse --rounds 7 --steps 5 --out "$OUT/engine-cuda-deit_base_patch16_224-b64.csv"
 }
 
 run_speed() {
-    part 400 waterfall "$PYTHON" -m benchmarks.waterfall --device cuda --model deit_base_patch16_224 --batch 64 \
+    part 400 waterfall "$PYTHON" -m benchmarks run waterfall --device cuda --model deit_base_patch16_224 --batch 64 \
         --rounds 5 --steps 20 --out "$OUT/waterfall-cuda-deit_base_patch16_224-b64.csv"
-    part 130 profile "$PYTHON" -m benchmarks.profile --device cuda --model deit_base_patch16_224 --batch 64 \
+    part 130 profile "$PYTHON" -m benchmarks run profile --device cuda --model deit_base_patch16_224 --batch 64 \
         --impl compiled --out "$OUT/profile-cuda-deit_base_patch16_224-b64.csv"
 }
 
 run_more() {
-    part 240 scaling "$PYTHON" -m benchmarks.scaling --device cuda --seconds 190 --out "$OUT/scaling-cuda.csv"
-    part 180 quality "$PYTHON" -m benchmarks.equal_quality --device cuda --out "$OUT/equal-quality-cuda.csv"
-    part 130 tiny "$PYTHON" -m benchmarks.waterfall --device cuda --model deit_tiny_patch16_224 --batch 256 --rounds 5 \
+    part 240 scaling "$PYTHON" -m benchmarks run scaling --device cuda --seconds 190 --out "$OUT/scaling-cuda.csv"
+    part 180 quality "$PYTHON" -m benchmarks run equal-quality --device cuda --out "$OUT/equal-quality-cuda.csv"
+    part 130 tiny "$PYTHON" -m benchmarks run waterfall --device cuda --model deit_tiny_patch16_224 --batch 256 --rounds 5 \
         --steps 20 --quality-iterations 20 --rows "tuned eager" "+ CUDA graphs" \
         --out "$OUT/waterfall-cuda-deit_tiny_patch16_224-b256.csv"
 }

@@ -4,9 +4,9 @@
 
 Recipe: Muon on the matrices of the blocks and AdamW on the rest, a learning rate that is warmed up, held, and
 brought to zero linearly over the last ``--decay`` of the epochs; label smoothing 0.1; reflect-pad-4 crop and
-flip; ``--drop-patches`` of the patches dropped but for the last epochs (it halves the cost of an epoch).
+flip; a share ``--drop-patches`` of the patches dropped in all but the last epochs, which halves their cost.
 Prints the top-1 accuracy on the 10,000 test images. A checkpoint is written after each epoch, and
-``--resume`` goes on from it, with more epochs if asked.
+``--resume`` continues from it, with more epochs if asked.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from smi_fast.datasets.cifar10 import CLASSES, MEAN, STD, load_cifar10
 
 BATCH = 256
+Data = tuple[torch.Tensor, torch.Tensor]  # normalised pixels [n, 3, 32, 32] float32, labels [n] int64
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -75,8 +76,9 @@ def accuracy(model: VisionTransformer, pixels: torch.Tensor, labels: torch.Tenso
     return hits / len(labels)
 
 
-def train_epoch(model, run, optimizers, pixels, labels, epoch: int, args: argparse.Namespace) -> float:
-    """One pass over the training set; returns the mean loss."""
+def train_epoch(model, run, optimizers, data: Data, epoch: int, args: argparse.Namespace) -> float:
+    """One pass over the training set with ``run``, the model or its compiled form; returns the mean loss."""
+    pixels, labels = data
     order = torch.randperm(len(pixels), device=pixels.device)
     batches = order[: len(order) // BATCH * BATCH].split(BATCH)
     model.patch_drop.prob = args.drop_patches if epoch < round(args.epochs * (1 - args.whole)) else 0.0
@@ -113,22 +115,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.4, help="share of the epochs over which the rate falls")
     parser.add_argument("--drop-patches", type=float, default=0.5)
-    parser.add_argument("--whole", type=float, default=0.15, help="share of the epochs, the last, on all patches")
+    parser.add_argument("--whole", type=float, default=0.15, help="share of epochs, the last ones, on all patches")
     parser.add_argument("--init", type=Path, help="start from these weights (.safetensors)")
-    parser.add_argument("--resume", type=Path, help="go on from a checkpoint that this script wrote")
+    parser.add_argument("--resume", type=Path, help="continue from a checkpoint that this script wrote")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
-    torch.manual_seed(args.seed)
-    train_pixels, train_labels = (t.to(args.device) for t in load_cifar10(args.data, train=True))
-    test_pixels, test_labels = (t.to(args.device) for t in load_cifar10(args.data, train=False))
-    train_pixels, test_pixels = normalise(train_pixels), normalise(test_pixels)
+def load_data(root: Path, train: bool, device: str) -> Data:
+    """One split of CIFAR-10 on a device."""
+    pixels, labels = load_cifar10(root, train=train)
+    return normalise(pixels.to(device)), labels.to(device)
 
+
+def start(args: argparse.Namespace) -> VisionTransformer:
+    """The model before its first epoch, on the device, in training mode."""
     model = build_model(args.depth, args.width)
     model.patch_drop = timm_patch_dropout(args.drop_patches)
     if args.init:
@@ -136,33 +139,49 @@ def main() -> None:
     if args.device == "cpu":
         for block in model.blocks:  # with the CPU flash kernel a step took 1.15 s, without 0.71 s
             block.attn.fused_attn = False
-    model.to(args.device).train()
+    return model.to(args.device).train()
+
+
+def resume(path: Path, model, optimizers) -> tuple[int, float]:
+    """Load a checkpoint of `save_checkpoint`; returns the epochs done and the seconds they took."""
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["epoch"], state["seconds"]
+
+
+def save_checkpoint(path: Path, model, optimizers, epoch: int, seconds: float) -> None:
+    """Write what `resume` reads, through a temporary file."""
+    state = {
+        "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+        "epoch": epoch, "seconds": seconds,
+    }  # fmt: skip
+    partial = path.with_suffix(".ckpt.tmp")
+    torch.save(state, partial)
+    os.replace(partial, path.with_suffix(".ckpt"))
+
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    train = load_data(args.data, True, args.device)
+    test = load_data(args.data, False, args.device)
+    model = start(args)
     optimizers = build_optimizers(model, args.lr)
-    start, seconds = 0, 0.0
-    if args.resume:
-        state = torch.load(args.resume, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        start, seconds = state["epoch"], state["seconds"]
+    first, seconds = resume(args.resume, model, optimizers) if args.resume else (0, 0.0)
     run = torch.compile(model, dynamic=False) if args.compile else model
 
-    for epoch in range(start, args.epochs):
+    for epoch in range(first, args.epochs):
         begin = time.perf_counter()
-        loss = train_epoch(model, run, optimizers, train_pixels, train_labels, epoch, args)
+        loss = train_epoch(model, run, optimizers, train, epoch, args)
         seconds += time.perf_counter() - begin
-        checkpoint = {
-            "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-            "epoch": epoch + 1, "seconds": seconds,
-        }  # fmt: skip
-        partial = args.out.with_suffix(".ckpt.tmp")
-        torch.save(checkpoint, partial)
-        os.replace(partial, args.out.with_suffix(".ckpt"))
-        shown = accuracy(model, test_pixels[:2000], test_labels[:2000])
+        save_checkpoint(args.out, model, optimizers, epoch + 1, seconds)
+        shown = accuracy(model, test[0][:2000], test[1][:2000])
         done = f"epoch {epoch + 1}/{args.epochs}"
         print(f"{done}  loss {loss:.4f}  top-1 on 2000 {shown:.4f}  {seconds:.0f} s", flush=True)
 
-    top1 = accuracy(model, test_pixels, test_labels)
+    top1 = accuracy(model, *test)
     print(f"top-1 on the 10,000 test images: {top1:.4f}")
     save_teacher(model, args.out, {
         "architecture": {"img_size": 32, "patch_size": 4, "embed_dim": args.width, "depth": args.depth,

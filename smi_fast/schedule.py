@@ -1,8 +1,10 @@
-"""The stopping schedule: pure functions from ``(L, stops, iterations)`` to stages."""
+"""Stages: runs of iterations in which the number of kept patches is constant."""
 
 from dataclasses import dataclass
 
-from smi_fast.config import check_stops
+from smi_fast.checks import is_finite, is_int
+
+StopList = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,14 @@ def kept_after(kept: int, ratio: float) -> int:
 
     The product is nudged by 1e-9, so that dropping 0.9 of 10 leaves 1 although ``10 * (1 - 0.9)`` is below 1 in
     floating point.
+
+    >>> kept_after(196, 0.3)
+    137
     """
     return int(kept * (1 - ratio) + 1e-9)
 
 
-def plan_stages(patches: int, stops: tuple[tuple[int, float], ...], iterations: int) -> tuple[Stage, ...]:
+def plan_stages(patches: int, stops: StopList, iterations: int) -> tuple[Stage, ...]:
     """Split ``iterations`` into stages of constant ``K``.
 
     A stop at ``(n, ratio)`` means: after ``n`` iterations, drop the ``ratio`` of the kept patches with the lowest CLS
@@ -53,6 +58,32 @@ def plan_stages(patches: int, stops: tuple[tuple[int, float], ...], iterations: 
             raise ValueError(f"stops: ({iteration}, {ratio}): drops none of the {kept} patches that are kept by then")
         start, kept = iteration, remaining
     return (*stages, Stage(start, iterations, kept))
+
+
+def check_stops(stops: StopList, iterations: int | None = None) -> None:
+    """Check what does not depend on the number of patches.
+
+    Args:
+        stops: ``(iteration, ratio)`` pairs.
+        iterations: of the whole run; None where it is not known yet.
+
+    Raises:
+        ValueError: an iteration outside ``1..iterations-1``, out of order or twice; a ratio outside ``(0, 1)``.
+    """
+    previous = 0
+    for iteration, ratio in stops:
+        where = f"stops: ({iteration}, {ratio})"
+        if not is_int(iteration) or iteration < 1:
+            raise ValueError(f"{where}: the iteration must be an integer of at least 1, a stop needs CLS scores")
+        if iterations is not None and iteration >= iterations:
+            raise ValueError(f"{where}: must come before the last iteration; iterations={iterations}")
+        if iteration == previous:
+            raise ValueError(f"{where}: iteration {iteration} is named twice; give one stop with the joint ratio")
+        if iteration < previous:
+            raise ValueError(f"{where}: comes after a stop at {previous}; stops must ascend")
+        if not (is_finite(ratio) and 0 < ratio < 1):
+            raise ValueError(f"{where}: the ratio must lie strictly between 0 and 1")
+        previous = iteration
 
 
 def sparsity(stages: tuple[Stage, ...], patches: int) -> float:

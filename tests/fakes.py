@@ -1,12 +1,21 @@
 """Images that nobody inverted, for the tests of what becomes of images."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from smi_fast.config import InversionConfig
 from smi_fast.images import Process, Provenance, SparseImages, sparse_images
 from smi_fast.kernels.common.grid import Grid
+from smi_fast.model.spec import ModelInfo
+
+
+class Takes(NamedTuple):
+    """As much of a model as a data set looks at."""
+
+    info: ModelInfo
+    grid: Grid
+
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NAMES = ("ant", "bee, wasp/hornet", "cat")

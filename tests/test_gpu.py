@@ -13,17 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Inverter
 from smi_fast.engine.compiler import compile_step
-from smi_fast.engine.graphs import UNROLLED
-from smi_fast.engine.inverter import Impl
-from smi_fast.engine.runner import Runner
-from smi_fast.engine.state import State, new_state, stop_patches, uses_kernels
+from smi_fast.engine.runner import UNROLLED, Runner
+from smi_fast.engine.state import State, uses_kernels
 from smi_fast.engine.step import build_step
 from smi_fast.kernels.common.grid import Grid, Moves
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.model import load_model
 from smi_fast.model.attention import CUDA_BACKENDS, NAMES, attention, packed_attention, parts_of, why_not
 from smi_fast.model.sparse_vit import SparseViT
-from smi_fast.priors import priors_of
+from smi_fast.tuning.settings import Impl
+from tests.states import fresh
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CONFIG = InversionConfig(iterations=40, stops=((4, 0.3), (8, 0.4)), jitter=0.3)
@@ -32,11 +31,11 @@ MakeModel = Callable[..., SparseViT]
 
 def at_second_stage(model: SparseViT) -> State:
     """A state after the first stop."""
-    state = new_state(model, CONFIG, [0, 3, 4], [7, 0, 2], len(priors_of(CONFIG)))
-    step = build_step(model, CONFIG, priors_of(CONFIG))
+    state = fresh(model, CONFIG, [0, 3, 4], [7, 0, 2])
+    step = build_step(model, CONFIG)
     for _ in range(4):
         step(state)
-    return stop_patches(state, 8, True)
+    return state.stopped(CONFIG.strategy, 8, 4)
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def model(make_model: MakeModel) -> SparseViT:
 @torch.no_grad()
 def test_the_step_neither_waits_nor_allocates(model: SparseViT, impl: str) -> None:
     state = at_second_stage(model)
-    built = build_step(model, CONFIG, priors_of(CONFIG))
+    built = build_step(model, CONFIG)
     step = compile_step(built, state) if impl == "compiled" else built
     for _ in range(4):
         step(state)
@@ -73,7 +72,7 @@ def test_the_step_neither_waits_nor_allocates(model: SparseViT, impl: str) -> No
 def test_captured_iterations_equal_single_ones(model: SparseViT, impl: str) -> None:
     # what hangs on a host value (a shift, a rate, an iteration) would be frozen in a capture, and replays would differ
     group = at_second_stage(model)
-    built = build_step(model, CONFIG, priors_of(CONFIG))
+    built = build_step(model, CONFIG)
     step = compile_step(built, group) if impl == "compiled" else built
     plain, captured = Runner(step, group, None), Runner(step, group, torch.cuda.graph_pool_handle())
     for runner in (plain, captured):

@@ -3,8 +3,8 @@
 None of the pinned ones was timed on a GPU yet: they come from registers and load widths of the compiled code (see
 ``tests/kernels/test_ahead_of_time.py``). With ``SMI_FAST_AUTOTUNE=1`` the first launch of an op on a shape class times
 all candidates on copies of its arguments; ``tuned_table`` prints what was found as a new ``PINNED``
-(``SMI_FAST_AUTOTUNE=1 python -m benchmarks.kernels`` does so for the ops it times). Triton's own autotuner is not used:
-it needs a driver even to import a kernel, and what it picks differs from run to run.
+(``SMI_FAST_AUTOTUNE=1 python -m benchmarks run kernels`` does so for the ops it times). Triton's own autotuner is not
+used: it needs a driver even to import a kernel, and what it picks differs from run to run.
 """
 
 import os

@@ -7,6 +7,7 @@ import typer
 from smi_fast.cli.distill import distill
 from smi_fast.cli.doctor import doctor
 from smi_fast.cli.invert import invert
+from smi_fast.cli.list import list_names
 from smi_fast.cli.plan import plan
 from smi_fast.cli.quantize import quantize
 from smi_fast.cli.show import show
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 for command in (invert, quantize, distill, show, plan, tune, doctor):
     app.command()(command)
+app.command("list")(list_names)
 
 
 def _print_version(wanted: bool) -> None:
@@ -41,5 +43,15 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, MemoryError) as error:
-        print(f"smi-fast: {error}", file=sys.stderr)
+        print(f"smi-fast: {_with_flags(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _with_flags(message: str) -> str:
+    """Name the flag where a message begins with an argument: ``tv_weight=-1: ...`` to ``--tv-weight -1: ...``."""
+    name, equals, rest = message.partition("=")
+    flag = f"--{name.removeprefix('--').replace('_', '-')}"
+    group = typer.main.get_command(app)
+    commands = getattr(group, "commands", {}).values()
+    known = {option for each in commands for parameter in each.params for option in parameter.opts}
+    return f"{flag} {rest}" if equals and flag in known else message

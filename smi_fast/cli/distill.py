@@ -5,149 +5,195 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor, nn
 
-from smi_fast.cli import options as o
+from smi_fast.checks import check, count
+from smi_fast.cli.command import command, options_of
 from smi_fast.cli.distill_progress import TrainingBar
-from smi_fast.cli.invert import use_tuned
-from smi_fast.config import InversionConfig
+from smi_fast.cli.options import MachineOptions, Output
+from smi_fast.cli.recipe import InversionOptions
+from smi_fast.config import InversionConfig, help_text
 from smi_fast.datasets import open_dataset, random_indices
-from smi_fast.distill import Alternating, DistillConfig, DistillResult, RunFolder, Student, Trainer, build_student
+from smi_fast.distill import (
+    Alternating,
+    DistillConfig,
+    DistillResult,
+    Pair,
+    RunFolder,
+    Student,
+    StudentWeights,
+    Trainer,
+    build_student,
+)
 from smi_fast.distill.curves import has_tensorboard
 from smi_fast.distill.folder import CHECKPOINT
 from smi_fast.engine import Inverter
-from smi_fast.engine.batches import even_batches
 from smi_fast.images import SparseImages
 from smi_fast.model import SparseViT, load_model
 from smi_fast.storage.environment import device_name, peak_memory_bytes, versions
 from smi_fast.storage.files import write_json
 from smi_fast.storage.folder import IMAGES, REPORT, check_folder
+from smi_fast.tuning.settings import Impl, Target, decide
 
 EVALUATION_BATCH = 250
+# of the training; how many steps there are follows from the rounds, where images are inverted on the way
+TRAINING = [name for name in DistillConfig.__dataclass_fields__ if name not in ("steps", "checkpoint_every", "cache")]
+_Training = make_dataclass("_Training", options_of(DistillConfig, TRAINING), frozen=True)
 
 
+@dataclass(frozen=True)
+class TrainingOptions(_Training):  # type: ignore[misc, valid-type]  # made from the fields of DistillConfig
+    """All that `DistillConfig` has."""
+
+    PANEL: ClassVar[str] = "Training"
+
+    steps: int = field(default=1000, metadata=help_text("Optimiser steps, with --images."))
+    rounds: int = field(default=10, metadata=help_text("Without --images: rounds of inversion and training."))
+    images_per_round: int = field(default=128, metadata=help_text("Images that a round inverts."))
+    steps_per_round: int = field(default=100, metadata=help_text("Optimiser steps that follow."))
+
+    def config(self, alternating: bool) -> DistillConfig:
+        """The configuration; raises ``ValueError`` where it breaks a rule."""
+        for name in ("rounds", "images_per_round", "steps_per_round"):
+            check(f"--{name.replace('_', '-')}", getattr(self, name), count(getattr(self, name)))
+        steps = self.rounds * self.steps_per_round if alternating else self.steps
+        return DistillConfig(steps=steps, **{name: getattr(self, name) for name in TRAINING})
+
+
+@dataclass(frozen=True)
+class ModelsOptions:
+    """Teacher and student."""
+
+    PANEL: ClassVar[str] = "Models"
+
+    teacher: str = field(
+        default="demo", metadata=help_text("'demo' (bundled), or the name of a timm Vision Transformer.")
+    )
+    teacher_checkpoint: Path | None = field(default=None, metadata=help_text("Weights for the teacher."))
+    student: str = field(
+        default="demo",
+        metadata=help_text("'demo' (the bundled teacher's architecture, untrained), or a timm Vision Transformer."),
+    )
+    student_checkpoint: Path | None = field(default=None, metadata=help_text("Weights to start from; may lack a head."))
+    student_pretrained: bool = field(
+        default=False, metadata={"help": "Start from timm's pretrained weights.", "flags": ("--student-pretrained",)}
+    )
+    student_image_size: int | None = field(
+        default=None,
+        metadata=help_text("Side in pixels; must give the teacher's grid of patches. [default: the model's]"),
+    )
+
+    def load(self, dtype: torch.dtype, device: torch.device, config: DistillConfig) -> Pair:
+        """Both models."""
+        teacher = load_model(self.teacher, checkpoint=self.teacher_checkpoint, dtype=dtype, device=device)
+        weights = StudentWeights(
+            self.student_checkpoint, self.student_pretrained, new_head=config.mode == "probe", seed=config.seed
+        )
+        size, classes = self.student_image_size, teacher.shape.num_classes
+        return Pair(teacher, build_student(self.student, classes, img_size=size, weights=weights, device=device))
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How good the student is."""
+
+    PANEL: ClassVar[str] = "Evaluation"
+
+    evaluate: str | None = field(
+        default=None,
+        metadata=help_text("Real images to measure accuracy on: cifar10:PATH, imagenet:PATH, or folder:PATH."),
+    )
+    limit: int | None = field(
+        default=None, metadata=help_text("Evaluate on so many, drawn by the seed. [default: all]")
+    )
+    tensorboard: bool | None = field(
+        default=None, metadata=help_text("Write event files. [default: if TensorBoard is installed]")
+    )
+
+
+@dataclass(frozen=True)
+class TrainingOutput(Output):
+    """Results of a training, which may go on where it was interrupted."""
+
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the checkpoint in --out.", "flags": ("--resume",)}
+    )
+
+    def open(self, tensorboard: bool | None) -> RunFolder:
+        """`RunFolder`, with the messages of the command line."""
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite exclude each other")
+        if self.resume and not (self.out / CHECKPOINT).is_file():
+            raise ValueError(f"--resume: there is no checkpoint in --out {str(self.out)!r}; start without --resume")
+        check_folder(self.out, self.overwrite or self.resume)
+        wanted = has_tensorboard() if tensorboard is None else tensorboard
+        return RunFolder(self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=wanted)
+
+
+@command
 def distill(
-    out: Annotated[Path, typer.Option(help="Folder for the results; must be new or empty, or see --resume.")],
-    teacher: Annotated[str, typer.Option(help="'demo' (bundled), or the name of a timm Vision Transformer.")] = "demo",
-    teacher_checkpoint: Annotated[Path | None, typer.Option(help="Weights for the teacher.")] = None,
-    student: Annotated[
-        str, typer.Option(help="'demo' (the bundled teacher's architecture, untrained), or a timm Vision Transformer.")
-    ] = "demo",
-    student_checkpoint: Annotated[Path | None, typer.Option(help="Weights to start from; may lack a head.")] = None,
-    student_pretrained: Annotated[
-        bool, typer.Option("--student-pretrained", help="Start from timm's pretrained weights.")
-    ] = False,
-    student_image_size: Annotated[
-        int | None, typer.Option(help="Side in pixels; must give the teacher's grid of patches. [default: the model's]")
-    ] = None,
-    mode: Annotated[str, typer.Option(help="probe: a new head on a frozen backbone; finetune: all weights.")] = "probe",
+    output: TrainingOutput,
+    models: ModelsOptions,
+    training: TrainingOptions,
+    inversion: InversionOptions,
+    evaluation: EvaluationOptions,
+    machine: MachineOptions,
     images: Annotated[
-        Path | None, typer.Option(help="Saved images: a file, or a folder of `invert`. [default: invert on the way]")
+        Path | None,
+        typer.Option(help="Saved images: a file, or a folder of `invert`. [default: invert images on the way]"),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps, with --images.")] = 1000,
-    rounds: Annotated[int, typer.Option(help="Without --images: rounds of inversion and training.")] = 10,
-    images_per_round: Annotated[int, typer.Option(help="Images that a round inverts.")] = 128,
-    steps_per_round: Annotated[int, typer.Option(help="Optimiser steps that follow.")] = 100,
-    pool: Annotated[int, typer.Option(help="Most images to train on at a time; the oldest leave.")] = 10_000,
-    iterations: o.Iterations = 4000,
-    stop: o.Stops = None,
-    dense: o.Dense = False,
-    impl: o.Impl = "compiled",
-    dtype: o.DType = "auto",
-    batch_size: Annotated[int, typer.Option(help="Images an optimiser step.")] = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.1,
-    lr_schedule: Annotated[str, typer.Option(help="constant or cosine.")] = "constant",
-    optimizer: Annotated[str, typer.Option(help="sgd, or adamw (for a ViT from scratch, at a lower --lr).")] = "sgd",
-    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 1e-4,
-    temperature: Annotated[float, typer.Option(help="Of both softmaxes.")] = 20.0,
-    seed: Annotated[int, typer.Option(help="Of images, batches, and weights that start from scratch.")] = 0,
-    evaluate: Annotated[str | None, typer.Option(help="Real images to measure accuracy on, such as PATH.")] = None,
-    eval_every: Annotated[int, typer.Option(help="Steps between two rows of the curve.")] = 100,
-    limit: Annotated[int | None, typer.Option(help="Evaluate on so many, drawn by the seed. [default: all]")] = None,
-    device: o.Device = "auto",
-    tensorboard: Annotated[bool | None, typer.Option(help="Write event files. [default: if installed]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")] = False,
-    quiet: o.Quiet = False,
 ) -> None:
     """Train a student to answer as a teacher does, on inverted images and their kept patches alone."""
-    _check_numbers(rounds=rounds, images_per_round=images_per_round, steps_per_round=steps_per_round, limit=limit)
-    config = DistillConfig(
-        steps=rounds * steps_per_round if images is None else steps,
-        mode=mode,  # type: ignore[arg-type]
-        temperature=temperature,
-        optimizer=optimizer,  # type: ignore[arg-type]
-        lr=lr,
-        lr_schedule=lr_schedule,  # type: ignore[arg-type]
-        weight_decay=weight_decay,
-        batch_size=batch_size,
-        pool=pool,
-        seed=seed,
-        eval_every=eval_every,
-    )
-    stops = o.parse_stops(stop, dense, iterations) if images is None else ()
-    inversion = InversionConfig(iterations=iterations, stops=stops, seed=seed)
-    o.check_impl(impl)
-    folder = _open_folder(out, resume, overwrite, tensorboard)
-    where = o.parse_device(device)
+    config = training.config(images is None)
+    if evaluation.limit is not None:
+        check("--limit", evaluation.limit, count(evaluation.limit))
+    recipe = inversion.load(seed=config.seed).config if images is None else None
+    if recipe is not None:
+        # a round is stored and never made again in part; with coupled images even its batches would matter
+        recipe.require_independent("distill without --images")
+    dtype, device = machine.target()
+    folder = output.open(evaluation.tensorboard)
     saved = None if images is None else SparseImages.load(images / IMAGES if images.is_dir() else images)
-    vit = load_model(teacher, checkpoint=teacher_checkpoint, dtype=o.parse_dtype(dtype, where), device=where)
-    learner = build_student(
-        student,
-        vit.shape.num_classes,
-        img_size=student_image_size,
-        checkpoint=student_checkpoint,
-        pretrained=student_pretrained,
-        new_head=mode == "probe",
-        seed=seed,
-        device=where,
-    )
-    console = Console(stderr=True, quiet=quiet)
+    pair = models.load(dtype, device, config)
+    console = output.console()
     source: SparseImages | Alternating
-    if saved is not None:
-        source = saved
+    if recipe is not None:
+        source = _alternating(pair.teacher, recipe, machine.chosen_impl, training, console.print)
     else:
-        inverter = _inverter(vit, inversion, images_per_round, impl, console)
-        source = Alternating(inverter, images_per_round, steps_per_round, {"inversion": inversion.to_dict()})
-    judge = None if evaluate is None else evaluator(evaluate, learner, config, limit)
+        assert saved is not None
+        source = saved
+    judge = (
+        None if evaluation.evaluate is None else evaluator(evaluation.evaluate, pair.student, config, evaluation.limit)
+    )
     with TrainingBar(console, config.steps) as bar:
-        trainer = Trainer(vit, learner, config, source, evaluate=judge, folder=folder, progress=bar)
+        trainer = Trainer(pair, config, source, evaluate=judge, folder=folder, progress=bar)
         result = _run(trainer, bar)
-    write_json(out / REPORT, _report(trainer, result, evaluate, images), overwrite=True)
+    write_json(output.out / REPORT, _report(trainer, result, evaluation.evaluate, images), overwrite=True)
     best = "" if result.best is None else f", best accuracy {result.best:.4f}"
-    typer.echo(f"{result.steps} steps on {result.images} images in {result.seconds:.1f} s{best}: {out}")
+    typer.echo(f"{result.steps} steps on {result.images} images in {result.seconds:.1f} s{best}: {output.out}")
     if result.interrupted:
         console.print("interrupted: --resume goes on from here")
         raise typer.Exit(130)
 
 
-def _inverter(vit: SparseViT, config: InversionConfig, images: int, impl: str, console: Console) -> Inverter:
-    batches, _ = use_tuned(vit, config, impl, console)
-    return Inverter(vit, config, batch_size=even_batches(images, batches), impl=impl)  # type: ignore[arg-type]
-
-
-def _check_numbers(**numbers: int | None) -> None:
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-
-
-def _open_folder(out: Path, resume: bool, overwrite: bool, tensorboard: bool | None) -> RunFolder:
-    """`RunFolder`, with the messages of the command line."""
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
-    if resume and not (out / CHECKPOINT).is_file():
-        raise ValueError(f"--resume: there is no checkpoint in --out {str(out)!r}; start without --resume")
-    check_folder(out, overwrite or resume)
-    wanted = has_tensorboard() if tensorboard is None else tensorboard
-    return RunFolder(out, resume=resume, overwrite=overwrite, tensorboard=wanted)
+def _alternating(
+    vit: SparseViT, recipe: InversionConfig, impl: Impl, training: TrainingOptions, say: Callable[..., None]
+) -> Alternating:
+    """Images that are inverted between rounds of training."""
+    images: int = training.images_per_round
+    settings = decide(Target.of(vit), recipe, impl=impl, images=images)
+    for note in settings.notes:
+        say(note, soft_wrap=True, highlight=False)
+    settings.apply(vit)
+    inverter = Inverter(vit, recipe, batch_size=settings.batches, impl=settings.impl)
+    return Alternating(inverter, images, training.steps_per_round, {"inversion": recipe.to_dict()})
 
 
 def evaluator(spec: str, student: Student, config: DistillConfig, limit: int | None) -> Callable[[nn.Module], float]:
@@ -165,7 +211,7 @@ def evaluator(spec: str, student: Student, config: DistillConfig, limit: int | N
     seen: list[tuple[Tensor, Tensor]] = []
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, labels in real.batches(student.info, student.grid, EVALUATION_BATCH, chosen):
+        for pixels, labels in real.batches(student, EVALUATION_BATCH, chosen):
             yield pixels.to(student.device), labels.to(student.device)
 
     def evaluate(vit: nn.Module) -> float:

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from smi_fast.engine.compiler import why_not_compile
 from smi_fast.kernels.common.dispatch import KERNELS_VARIABLE, why_not_triton
 from smi_fast.model.fp8 import why_not_fp8
-from smi_fast.storage.environment import CACHE_VARIABLE, device_name, use_private_cache, user_chose_cache, versions
+from smi_fast.storage.environment import device_name, processor, versions
+from smi_fast.storage.inductor import CACHE_VARIABLE, use_private_cache, user_chose_cache, why_not_compile
+from smi_fast.tuning.settings import decide_dtype, precision_of
 from smi_fast.tuning.store import all_tuned, tuned_path
 
 
@@ -24,6 +25,8 @@ def doctor() -> None:
     for name, value in versions().items():
         table.add_row(name, value)
     table.add_row("device", device_name(device))
+    table.add_row("processor", processor())
+    table.add_row("--dtype auto", f"{precision_of(decide_dtype(None, device))}")
     table.add_row("CUDA", f"{torch.version.cuda}, {torch.cuda.device_count()} devices" if cuda else "no device")
     table.add_row("C++ compiler", shutil.which(os.environ.get("CXX", "g++")) or "none found")
     compile_cache = _compile_cache()  # before the probe, which chooses the folder

@@ -2,21 +2,24 @@
 
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from smi_fast.cli import options as o
+from smi_fast.checks import check, count
+from smi_fast.cli.command import command
+from smi_fast.cli.options import ModelOptions, Output, parse_device
 from smi_fast.cli.real import REAL, check_real, measure
 from smi_fast.cli.work import WorkBar
+from smi_fast.config import help_text
 from smi_fast.datasets import RealImages, open_dataset, random_indices, top1
 from smi_fast.images import SparseImages
-from smi_fast.model import SparseViT, load_model
+from smi_fast.model import SparseViT
 from smi_fast.quantize import Calibration, LayerRow, QuantConfig, QuantizedViT, layer_report, save_quantized
 from smi_fast.quantize import quantize as quantize_model
 from smi_fast.quantize.calibration import BATCH, DEFAULT_COUNT
@@ -24,7 +27,7 @@ from smi_fast.quantize.execute import LowBitViT, save_low_bit, to_low_bit
 from smi_fast.quantize.layers import worst_first
 from smi_fast.storage.environment import device_name, versions
 from smi_fast.storage.files import write_json
-from smi_fast.storage.folder import IMAGES, REPORT, check_folder, make_folder
+from smi_fast.storage.folder import IMAGES, REPORT, make_folder
 
 QUANTIZED = "quantized.safetensors"
 DATASETS = ("folder", "cifar10", "imagenet")
@@ -32,54 +35,74 @@ EXECUTION = "simulated: fake-quantized in float32, no faster than the original"
 WORST = 12  # rows of the table; all are in the report
 
 
+@dataclass(frozen=True)
+class QuantOptions:
+    """How the model is quantized."""
+
+    PANEL: ClassVar[str] = "Quantization"
+
+    weights: int = field(default=4, metadata=help_text("Bits of weights, 2 to 8."))
+    activations: int = field(default=8, metadata=help_text("Bits of activations, 2 to 8."))
+    scheme: str = field(default="psaq", metadata=help_text("'psaq' (weights by output channel), or 'paper' (Eq. 5)."))
+    observer: str = field(default="minmax", metadata=help_text("Ranges of activations: minmax, percentile or mse."))
+    percentile: float = field(default=99.99, metadata=help_text("Of --observer percentile."))
+    sensitivity: bool = field(
+        default=False,
+        metadata={"help": "Also quantize each tensor alone, and compare the logits.", "flags": ("--sensitivity",)},
+    )
+    real: str = field(
+        default="none",
+        metadata=help_text("Also execute in 8 bits, through torchao, and measure it: dynamic, static (int8), fp8 (some "
+                           "GPUs)."),
+    )  # fmt: skip
+
+    def config(self) -> QuantConfig:
+        """The configuration; raises ``ValueError`` naming the flag where it breaks a rule."""
+        try:
+            return QuantConfig(self.weights, self.activations, self.scheme, self.observer, self.percentile)
+        except ValueError as error:
+            flags = str(error).replace("weight_bits=", "--weights ").replace("act_bits=", "--activations ")
+            raise ValueError(flags) from None
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The images that ranges come from."""
+
+    PANEL: ClassVar[str] = "Calibration"
+
+    calibrate: str = field(
+        metadata=help_text("Images to calibrate with: folder of a run (or its images.safetensors), 'gaussian', or real "
+                           "ones: folder:PATH, cifar10:PATH, imagenet:PATH (of the training set)."),
+    )  # fmt: skip
+    count: int = field(default=DEFAULT_COUNT, metadata=help_text("Images to calibrate with, chosen by the seed."))
+    seed: int = field(default=0, metadata=help_text("Same seed, same images to calibrate with."))
+
+
+@command
 def quantize(
-    out: Annotated[Path, typer.Option(help="Folder for the results; must be new or empty.")],
-    calibrate: Annotated[
-        str,
-        typer.Option(
-            help="Images to calibrate with: folder of a run (or its images.safetensors), 'gaussian', or real ones: "
-            "folder:PATH, cifar10:PATH, imagenet:PATH (of the training set)."
-        ),
-    ],
-    model: o.Model = "demo",
-    count: Annotated[int, typer.Option(help="Images to calibrate with, chosen by the seed.")] = DEFAULT_COUNT,
-    weights: Annotated[int, typer.Option(help="Bits of weights, 2 to 8.")] = 4,
-    activations: Annotated[int, typer.Option(help="Bits of activations, 2 to 8.")] = 8,
-    scheme: Annotated[str, typer.Option(help="'psaq' (weights by output channel), or 'paper' (Eq. 5).")] = "psaq",
-    observer: Annotated[str, typer.Option(help="Ranges of activations: minmax, percentile or mse.")] = "minmax",
-    percentile: Annotated[float, typer.Option(help="Of --observer percentile.")] = 99.99,
-    sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Also quantize each tensor alone, and compare the logits.")
-    ] = False,
+    output: Output,
+    calibration: CalibrationOptions,
+    model: ModelOptions,
+    quantization: QuantOptions,
     evaluate: Annotated[
         str | None, typer.Option(help="Real images to measure top-1 on: folder:PATH, cifar10:PATH, imagenet:PATH.")
     ] = None,
-    real: Annotated[
-        str,
-        typer.Option(
-            help="Also execute in 8 bits, through torchao, and measure it: dynamic, static (int8), fp8 (some GPUs)."
-        ),
-    ] = "none",
     limit: Annotated[int | None, typer.Option(help="Evaluate at most this many images. [default: all]")] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same images to calibrate with.")] = 0,
-    device: o.Device = "auto",
-    checkpoint: o.Checkpoint = None,
-    pretrained: o.Pretrained = None,
-    image_size: o.ImageSize = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")] = False,
-    quiet: o.Quiet = False,
+    device: Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda' or 'cuda:N'.")] = "auto",
 ) -> None:
     """Quantize a model in simulation, say what each layer loses, and write it with a report."""
-    config = QuantConfig(weights, activations, scheme, observer, percentile)
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit}: must be at least 1")
-    check_folder(out, overwrite)
-    where = o.parse_device(device)
-    vit = load_model(model, pretrained=pretrained, checkpoint=checkpoint, img_size=image_size, device=where)
+    config, real = quantization.config(), quantization.real
+    if limit is not None:
+        check("--limit", limit, count(limit))
+    output.check()
+    where = parse_device(device)
+    vit = model.load(torch.float32, where)
     check_real(real, where)
     data = None if evaluate is None else _open_for_evaluation(evaluate, vit)
-    console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
-    images = _calibration(calibrate, vit, count, seed, console)
+    out, seed, quiet, sensitivity = output.out, calibration.seed, output.quiet, quantization.sensitivity
+    console = output.console(soft_wrap=True, highlight=False)
+    images = _calibration(calibration.calibrate, vit, calibration.count, seed, console)
     make_folder(out)
     start = time.perf_counter()
     with WorkBar(console) as bar:
@@ -130,7 +153,7 @@ def _real_calibration(spec: str, model: SparseViT, count: int, seed: int) -> Cal
     if not 1 <= count <= len(images):
         raise ValueError(f"--count {count}: must be in 1..{len(images)}, the images of {images.name}")
     chosen = random_indices(len(images), count, seed)
-    pixels = [batch for batch, _ in images.batches(model.info, model.grid, BATCH, chosen)]
+    pixels = [batch for batch, _ in images.batches(model, BATCH, chosen)]
     return Calibration.from_pixels(torch.cat(pixels), name=f"{images.name}, {count} images, seed {seed}")
 
 
@@ -168,7 +191,7 @@ def _evaluate(
             bar(f"top-1, {name}", done, total)
 
         with torch.no_grad():
-            found["top1"][name] = top1(run, images, model.info, model.grid, limit=limit, progress=tell)
+            found["top1"][name] = top1(run, images, model, limit=limit, progress=tell)
     return found
 
 

@@ -37,5 +37,5 @@ def measure(
         pixels = known[torch.arange(BATCH) % len(known)]
     else:
         indices = [i * len(images) // BATCH for i in range(BATCH)]
-        pixels, _ = next(images.batches(model.info, model.grid, BATCH, indices))
+        pixels, _ = next(images.batches(model, BATCH, indices))
     return real_report(model, low, pixels)

@@ -5,17 +5,19 @@ from typing import Annotated
 
 import typer
 
+from smi_fast.cli.command import command
 from smi_fast.images import Process, SparseImages
 from smi_fast.images.render import preview_grid, process_strip
 from smi_fast.storage.folder import IMAGES, PREVIEW, PROCESS, STRIP
 
 
+@command
 def show(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or its images.safetensors.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures. [default: the run's]")] = None,
     limit: Annotated[int, typer.Option(help="At most this many images in the preview.")] = 100,
     columns: Annotated[int | None, typer.Option(help="Images in a row. [default: about square]")] = None,
-    pngs: Annotated[bool, typer.Option("--pngs", help="Also one PNG an image, in a folder pngs/.")] = False,
+    pngs: Annotated[bool, typer.Option("--pngs", help="Also one PNG per image, in a folder pngs/.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
 ) -> None:
     """Draw preview and process pictures of a saved run again."""

@@ -6,53 +6,42 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from smi_fast.cli import options as o
-from smi_fast.cli.batches import usable_impl
-from smi_fast.config import InversionConfig
-from smi_fast.model import load_model
+from smi_fast.checks import check, count
+from smi_fast.cli.command import command
+from smi_fast.cli.options import ModelOptions, RunOptions
+from smi_fast.cli.recipe import RecipeOptions
+from smi_fast.engine.timing import StageTimer
 from smi_fast.storage.environment import device_name
-from smi_fast.tuning.measure import DEFAULT_BATCH
 from smi_fast.tuning.measure import tune as measure
+from smi_fast.tuning.settings import DEFAULT_BATCH, Target, decide
 from smi_fast.tuning.store import Tuned, all_tuned, save
 
 
+@command
 def tune(
-    model: o.Model = "demo",
-    iterations: o.Iterations = 4000,
-    stop: o.Stops = None,
-    dense: o.Dense = False,
-    dtype: o.DType = "auto",
-    device: o.Device = "auto",
-    impl: o.Impl = "compiled",
-    checkpoint: o.Checkpoint = None,
-    pretrained: o.Pretrained = None,
-    image_size: o.ImageSize = None,
+    model: ModelOptions,
+    recipe: RecipeOptions,
+    machine: RunOptions,
     most: Annotated[int, typer.Option(help="The largest batch to try.")] = 512,
     rounds: Annotated[int, typer.Option(help="Timings of each batch, of which the median counts.")] = 3,
-    quiet: o.Quiet = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
 ) -> None:
     """Measure which batch is best for each stage on this machine; `invert` and `plan` use it from then on."""
-    config = InversionConfig(iterations=iterations, stops=o.parse_stops(stop, dense, iterations))
+    saved = recipe.load()
     for name, value in (("--most", most), ("--rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name} {value}: must be at least 1")
-    o.check_impl(impl)
+        check(name, value, count(value))
+    saved.config.require_independent("tune")
+    check("--batch-size", machine.batch_size, (machine.batch_size == "auto", "is what this command finds out"))
+    dtype, device = machine.target()
     all_tuned()  # a file that cannot be read is refused before the work, not after it
-    where = o.parse_device(device)
-    vit = load_model(
-        model,
-        pretrained=pretrained,
-        checkpoint=checkpoint,
-        img_size=image_size,
-        dtype=o.parse_dtype(dtype, where),
-        device=where,
-    )
+    vit = model.load(dtype, device, saved)
     console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
-    usable = usable_impl(impl, where)
-    if usable != impl:
-        console.print(f"--impl {impl} does not work here (see smi-fast doctor): measuring {usable}")
-    tuned = measure(vit, config, impl=usable, most=most, rounds=rounds, say=console.print)
-    Console().print(_table(tuned, f"{model}, {tuned.key.precision}, {tuned.key.impl}, {device_name(where)}"))
+    settings = decide(Target.of(vit), saved.config, batch_size=1, impl=machine.chosen_impl)
+    for note in settings.notes:
+        console.print(note)
+    timer = StageTimer(vit, saved.config, settings.impl)
+    tuned = measure(timer, most=most, rounds=rounds, say=console.print)
+    Console().print(_table(tuned, f"{vit.info.name}, {tuned.key.precision}, {tuned.key.impl}, {device_name(device)}"))
     typer.echo(f"chosen: {', '.join(map(str, tuned.batches))}")
     typer.echo(f"predicted: {tuned.gain:.2f} times as fast as a batch of {DEFAULT_BATCH}, or the largest below it")
     for tokens, name in tuned.attention.items():

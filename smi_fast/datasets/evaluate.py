@@ -6,16 +6,14 @@ import torch
 from torch import Tensor
 
 from smi_fast.datasets.real_images import RealImages
-from smi_fast.kernels.common.grid import Grid
-from smi_fast.model.spec import ModelInfo
+from smi_fast.model.spec import TakesImages
 
 
 @torch.no_grad()
 def top1(
     run: Callable[[Tensor], Tensor],
     images: RealImages,
-    info: ModelInfo,
-    grid: Grid,
+    model: TakesImages,
     *,
     batch_size: int = 250,
     limit: int | None = None,
@@ -26,8 +24,7 @@ def top1(
     Args:
         run: ``[b, 3, H, W]`` pixels, as `RealImages.batches` gives them, to logits ``[b, classes]``, on any device.
         images: with labels.
-        info: of the model, for its colours.
-        grid: of the model, for its size.
+        model: whose size and colours the images get.
         batch_size: images at a time.
         limit: only so many, spread evenly over the set; None for all.
         progress: told how many images are done.
@@ -42,7 +39,7 @@ def top1(
     size = len(images)
     chosen = None if limit is None or limit >= size else [i * size // limit for i in range(limit)]
     hits = done = 0
-    for pixels, labels in images.batches(info, grid, batch_size, chosen):
+    for pixels, labels in images.batches(model, batch_size, chosen):
         hits += int((run(pixels).argmax(1).cpu() == labels).sum())
         done += len(labels)
         if progress is not None:

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from smi_fast.datasets.real_images import RealImages
-from smi_fast.kernels.common.grid import Grid
-from smi_fast.model.spec import ModelInfo
+from smi_fast.model.spec import TakesImages
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"))
 FEW = 500  # images that are read without worker processes
@@ -50,7 +49,7 @@ class FolderImages(RealImages):
         return len(self.paths)
 
     def batches(
-        self, info: ModelInfo, grid: Grid, batch_size: int, indices: Sequence[int] | None = None
+        self, model: TakesImages, batch_size: int, indices: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """As `RealImages.batches`.
 
@@ -58,7 +57,7 @@ class FolderImages(RealImages):
             ValueError: a picture that cannot be read, by its path.
         """
         rows = range(len(self)) if indices is None else indices
-        pictures = _Pictures([self.paths[i] for i in rows], info, grid)
+        pictures = _Pictures([self.paths[i] for i in rows], model)
         workers = 0 if len(rows) <= FEW else min(MOST_WORKERS, os.cpu_count() or 1)
         start = 0
         for pixels in DataLoader(pictures, batch_size, num_workers=workers):
@@ -70,8 +69,8 @@ class FolderImages(RealImages):
 class _Pictures(Dataset[Tensor]):
     """Reads and transforms; its instances go to worker processes."""
 
-    def __init__(self, paths: list[Path], info: ModelInfo, grid: Grid) -> None:
-        self.paths = paths
+    def __init__(self, paths: list[Path], model: TakesImages) -> None:
+        self.paths, info, grid = paths, model.info, model.grid
         share, interpolation = _evaluation(info.name)
         short = max(grid.height, grid.width) / share
         self.transform = v2.Compose(

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smi_fast.kernels.common.grid import Grid
-from smi_fast.model.spec import ModelInfo
+from smi_fast.model.spec import TakesImages
 
 
 class RealImages(ABC):
@@ -25,13 +24,12 @@ class RealImages(ABC):
 
     @abstractmethod
     def batches(
-        self, info: ModelInfo, grid: Grid, batch_size: int, indices: Sequence[int] | None = None
+        self, model: TakesImages, batch_size: int, indices: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Go through the images in order.
 
         Args:
-            info: of the model, for its colours.
-            grid: of the model, for its size.
+            model: whose size and colours the images get.
             batch_size: images at a time; the last batch may be smaller.
             indices: which images; None for all.
 
@@ -52,17 +50,18 @@ class TensorImages(RealImages):
         return len(self.pixels)
 
     def batches(
-        self, info: ModelInfo, grid: Grid, batch_size: int, indices: Sequence[int] | None = None
+        self, model: TakesImages, batch_size: int, indices: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """As `RealImages.batches`."""
         assert self.labels is not None
         rows = torch.arange(len(self)) if indices is None else torch.tensor(list(indices), dtype=torch.int64)
         for part in rows.split(batch_size):
-            yield normalised(self.pixels[part].float() / 255, info, grid), self.labels[part]
+            yield normalised(self.pixels[part].float() / 255, model), self.labels[part]
 
 
-def normalised(pixels: Tensor, info: ModelInfo, grid: Grid) -> Tensor:
+def normalised(pixels: Tensor, model: TakesImages) -> Tensor:
     """``[b, 3, h, w]`` in 0..1 to ``[b, 3, H, W]`` in the model's colours; bilinear where the size is another."""
+    info, grid = model.info, model.grid
     if pixels.shape[2:] != (grid.height, grid.width):
         shrinks = pixels.shape[2] > grid.height or pixels.shape[3] > grid.width
         pixels = F.interpolate(pixels, (grid.height, grid.width), mode="bilinear", antialias=shrinks)

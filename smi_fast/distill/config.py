@@ -1,8 +1,11 @@
 """What a transfer of knowledge does: `DistillConfig` and its checks."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
+
+from smi_fast.checks import check_rules, count, flag, is_finite, not_negative, one_of, positive, seed
+from smi_fast.config import help_text
 
 Mode = Literal["probe", "finetune"]
 Optimiser = Literal["sgd", "adamw"]
@@ -17,22 +20,39 @@ class DistillConfig:
         ValueError: a field breaks the rule that its message names.
     """
 
-    steps: int  # optimiser steps in all
-    mode: Mode = "probe"  # "probe": the head alone, on a frozen backbone; "finetune": every weight
-    temperature: float = 20.0  # of both softmaxes in Eq. 6
-    scale_by_t2: bool = True  # times temperature^2, as the published code does; Eq. 6 does not have it
-    optimizer: Optimiser = "sgd"  # "adamw" for a ViT from scratch
-    lr: float = 0.1
-    lr_schedule: LRSchedule = "constant"  # or "cosine", down to 0 at the last step
-    momentum: float = 0.9  # of "sgd"
-    weight_decay: float = 1e-4
-    batch_size: int = 128  # images a step
-    flip: bool = True  # mirror half of the images of a batch, their kept patches with them
-    pool: int = 10_000  # most images at a time, where images are inverted on the way; the oldest leave first
-    seed: int = 0  # of what a batch holds
-    eval_every: int = 100  # steps between two rows of the curve
-    checkpoint_every: int = 100  # steps between two checkpoints; every row of the curve has one too
-    cache: bool | None = None  # keep what frozen models say of an image; None: where that saves work
+    steps: int = field(metadata=help_text("Optimiser steps in all."))
+    mode: Mode = field(
+        default="probe", metadata=help_text("probe: a new head on a frozen backbone; finetune: every weight.")
+    )
+    temperature: float = field(default=20.0, metadata=help_text("Of both softmaxes in Eq. 6."))
+    scale_by_t2: bool = field(
+        default=True, metadata=help_text("Multiply by temperature^2, as the published code does; Eq. 6 does not.")
+    )
+    optimizer: Optimiser = field(
+        default="sgd", metadata=help_text("sgd, or adamw (for a ViT from scratch, at a lower learning rate).")
+    )
+    lr: float = field(default=0.1, metadata=help_text("Learning rate."))
+    lr_schedule: LRSchedule = field(
+        default="constant", metadata=help_text("constant, or cosine: down to 0 at the last step.")
+    )
+    momentum: float = field(default=0.9, metadata=help_text("Of sgd."))
+    weight_decay: float = field(default=1e-4, metadata=help_text("Weight decay."))
+    batch_size: int = field(default=128, metadata=help_text("Images per optimiser step."))
+    flip: bool = field(
+        default=True, metadata=help_text("Mirror half of the images of a batch, and their kept patches with them.")
+    )
+    pool: int = field(
+        default=10_000,
+        metadata=help_text("Most images to train on at a time, where they are inverted on the way; the oldest leave."),
+    )
+    seed: int = field(default=0, metadata=help_text("Of images, batches, and weights that start from scratch."))
+    eval_every: int = field(default=100, metadata=help_text("Steps between two rows of the curve."))
+    checkpoint_every: int = field(
+        default=100, metadata=help_text("Steps between two checkpoints; every row of the curve has one too.")
+    )
+    cache: bool | None = field(
+        default=None, metadata=help_text("Keep what frozen models say of an image; None: where that saves work.")
+    )
 
     def __post_init__(self) -> None:
         _check(self)
@@ -54,32 +74,19 @@ class DistillConfig:
 
 
 def _check(c: DistillConfig) -> None:
-    """Each field against its rule; the first that breaks one is named."""
-    rules: dict[str, tuple[bool, str]] = {
-        "mode": (c.mode in get_args(Mode), f"must be one of {get_args(Mode)}"),
-        "temperature": (_finite(c.temperature) and c.temperature > 0, "must be a positive number"),
-        "scale_by_t2": (isinstance(c.scale_by_t2, bool), "must be True or False"),
-        "optimizer": (c.optimizer in get_args(Optimiser), f"must be one of {get_args(Optimiser)}"),
-        "lr": (_finite(c.lr) and c.lr > 0, "must be a positive number"),
-        "lr_schedule": (c.lr_schedule in get_args(LRSchedule), f"must be one of {get_args(LRSchedule)}"),
-        "momentum": (_finite(c.momentum) and 0 <= c.momentum < 1, "must be a number in [0, 1)"),
-        "weight_decay": (_finite(c.weight_decay) and c.weight_decay >= 0, "must be finite and at least 0"),
-        "flip": (isinstance(c.flip, bool), "must be True or False"),
-        "seed": (is_int(c.seed) and 0 <= c.seed < 2**63, "must be an integer in 0..2**63-1"),
-        "cache": (c.cache in (None, True, False), "must be True, False or None"),
+    """Hold each field to its rule; the first one broken is named."""
+    rules = {
+        "mode": one_of(c.mode, get_args(Mode)),
+        "temperature": positive(c.temperature),
+        "scale_by_t2": flag(c.scale_by_t2),
+        "optimizer": one_of(c.optimizer, get_args(Optimiser)),
+        "lr": positive(c.lr),
+        "lr_schedule": one_of(c.lr_schedule, get_args(LRSchedule)),
+        "momentum": (is_finite(c.momentum) and 0 <= c.momentum < 1, "must be a number in [0, 1)"),
+        "weight_decay": not_negative(c.weight_decay),
+        "flip": flag(c.flip),
+        "seed": seed(c.seed),
+        "cache": (c.cache is None or isinstance(c.cache, bool), "must be True, False or None"),
     }
-    for name in ("steps", "batch_size", "pool", "eval_every", "checkpoint_every"):
-        value = getattr(c, name)
-        rules[name] = (is_int(value) and value >= 1, "must be an integer of at least 1")
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            raise ValueError(f"{name}={getattr(c, name)!r}: {rule}")
-
-
-def is_int(value: Any) -> bool:
-    """An int that is no bool?"""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _finite(value: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    whole = ("steps", "batch_size", "pool", "eval_every", "checkpoint_every")
+    check_rules(c, rules | {name: count(getattr(c, name)) for name in whole})

@@ -79,8 +79,7 @@ class Pair:
 
     def shown(self, images: ImageSet) -> Tensor:
         """``[n, 3, H', W']``, the images as the student takes them."""
-        teacher, student = self.teacher, self.student
-        return for_student(images.pixels, images.keep, (teacher.info, teacher.grid), (student.info, student.grid))
+        return for_student(images.pixels, images.keep, self.teacher, self.student)
 
     def student_logits(self, images: ImageSet) -> Tensor:
         """``[n, C]`` from the kept patches."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smi_fast.kernels.common.grid import Grid
 from smi_fast.kernels.patch_mask import patch_mask
-from smi_fast.model.spec import ModelInfo
+from smi_fast.model.spec import TakesImages
 
 
 def check_grids(teacher: Grid, student: Grid) -> None:
@@ -31,15 +31,13 @@ def check_grids(teacher: Grid, student: Grid) -> None:
         )
 
 
-def for_student(
-    pixels: Tensor, keep: Tensor | None, teacher: tuple[ModelInfo, Grid], student: tuple[ModelInfo, Grid]
-) -> Tensor:
+def for_student(pixels: Tensor, keep: Tensor | None, teacher: TakesImages, student: TakesImages) -> Tensor:
     """See the top of the file.
 
     Args:
         pixels: ``[B, 3, H, W]`` float, in the teacher's normalised colours.
         keep: ``[B, K]`` int64 patch ids, or None where all patches count.
-        teacher, student: colour statistics and patch grid of either.
+        teacher, student: whose colour statistics and patch grids count.
 
     Returns:
         ``[B, 3, H', W']`` in the student's normalised colours; what lies outside kept patches means nothing.
@@ -47,7 +45,7 @@ def for_student(
     Raises:
         ValueError: the grids have other numbers of rows or columns.
     """
-    (from_info, from_grid), (to_info, to_grid) = teacher, student
+    from_info, from_grid, to_info, to_grid = teacher.info, teacher.grid, student.info, student.grid
     check_grids(from_grid, to_grid)
     if from_grid != to_grid:
         pixels = _resize(pixels, keep, from_grid, to_grid)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smi_fast.checks import check_rules, count
 from smi_fast.distill.checkpoint import saving
-from smi_fast.distill.config import is_int
 from smi_fast.images import SparseImages
 from smi_fast.storage.files import write_json
 
@@ -26,14 +26,11 @@ class Alternating:
     invert: Invert  # (labels, image ids) -> images, such as an `Inverter`
     images_per_round: int = 128
     steps_per_round: int = 100
-    # what the images hang on besides the teacher, JSON-able; a resume with anything else is refused
+    # what the images depend on besides the teacher, JSON-able; a resume with anything else is refused
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("images_per_round", "steps_per_round"):
-            value = getattr(self, name)
-            if not is_int(value) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
+        check_rules(self, {name: count(getattr(self, name)) for name in ("images_per_round", "steps_per_round")})
 
     def request(self, number: int, classes: int) -> tuple[list[int], list[int]]:
         """Labels and image ids of a round: ids go on counting, and the classes take turns."""

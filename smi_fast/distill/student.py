@@ -17,6 +17,7 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from smi_fast.checks import check, count
 from smi_fast.kernels.common.grid import Grid
 from smi_fast.model.checkpoint import load_weights, read_state_dict
 from smi_fast.model.from_timm import check_supported, weights_sha256
@@ -105,29 +106,44 @@ def probe_features(student: Student, batches: Iterable[Tensor]) -> Tensor:
     return features
 
 
+@dataclass(frozen=True)
+class StudentWeights:
+    """Where the weights of a student come from; by default from scratch.
+
+    Raises:
+        ValueError: both ``checkpoint`` and ``pretrained`` are given.
+    """
+
+    # a file, see `smi_fast.model.checkpoint.read_state_dict`; a backbone without a head gets a new one
+    checkpoint: str | Path | None = None
+    pretrained: bool = False  # fetch timm's weights; the head is new where the number of classes differs
+    new_head: bool = False  # start the head from scratch, whatever the weights say
+    seed: int = 0  # of every weight that starts from scratch
+
+    def __post_init__(self) -> None:
+        if self.pretrained and self.checkpoint is not None:
+            raise ValueError(f"pretrained=True and checkpoint={str(self.checkpoint)!r}: give one source of weights")
+
+
+SCRATCH = StudentWeights()
+
+
 def build_student(
     name: str,
     num_classes: int,
     *,
     img_size: int | tuple[int, int] | None = None,
-    checkpoint: str | Path | None = None,
-    pretrained: bool = False,
-    new_head: bool = False,
-    seed: int = 0,
+    weights: StudentWeights = SCRATCH,
     device: str | torch.device = "cpu",
 ) -> Student:
-    """A student in float32.
+    """A student in float32, such as ``build_student("demo", 10, weights=StudentWeights(seed=3))``.
 
     Args:
         name: a timm name, or "demo": the architecture of the bundled teacher, with weights of its own.
         num_classes: of the teacher.
         img_size: pixels, a side or ``(height, width)``; None for the model's own. Position embeddings are resampled.
-        checkpoint: weights, see `smi_fast.model.checkpoint.read_state_dict`; a backbone without a head gets a new one.
-        pretrained: fetch timm's weights; the head is new where the number of classes differs. Without this and without
-            a checkpoint the student starts from scratch.
-        new_head: start the head from scratch, whatever the weights say.
-        seed: of every weight that starts from scratch.
-        device: where the weights go.
+        weights: where they come from.
+        device: where they go.
 
     Raises:
         ValueError: an unknown name, an option that is not understood, an argument that breaks the rule that its message
@@ -135,22 +151,20 @@ def build_student(
         FileNotFoundError: there is no such checkpoint.
         ConnectionError: the pretrained weights could not be fetched.
     """
-    if pretrained and (checkpoint is not None or name == DEMO):
-        given = "name='demo'" if checkpoint is None else f"checkpoint={str(checkpoint)!r}"
-        raise ValueError(f"pretrained=True and {given}: timm's weights cannot be had with that")
-    if num_classes < 1:
-        raise ValueError(f"num_classes={num_classes}: must be at least 1")
-    state = None if checkpoint is None else read_state_dict(checkpoint)
+    if weights.pretrained and name == DEMO:
+        raise ValueError("pretrained=True and name='demo': a student of that name starts from scratch or a checkpoint")
+    check("num_classes", num_classes, count(num_classes))
+    state = None if weights.checkpoint is None else read_state_dict(weights.checkpoint)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(weights.seed)
         fresh = _demo if name == DEMO else _from_timm_name
-        vit, mean, std = fresh(name, num_classes, img_size, pretrained)
-        if new_head and pretrained:
+        vit, mean, std = fresh(name, num_classes, img_size, weights.pretrained)
+        if weights.new_head and weights.pretrained:
             vit.reset_classifier(num_classes)
     if state is not None:
-        if new_head or HEAD[0] not in state:
+        if weights.new_head or HEAD[0] not in state:
             state = state | {key: vit.state_dict()[key] for key in HEAD}
-        load_weights(vit, state, str(checkpoint), name)
+        load_weights(vit, state, str(weights.checkpoint), name)
     info = ModelInfo(name, weights_sha256(vit), tuple(mean), tuple(std))
     student = Student(vit.to(device), info)
     if student.device.type == "cpu":

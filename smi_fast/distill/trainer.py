@@ -21,10 +21,8 @@ from smi_fast.distill.pair import Pair
 from smi_fast.distill.pool import ImageSet, Pool, draw
 from smi_fast.distill.progress import Progress
 from smi_fast.distill.rounds import Alternating, Rounds
-from smi_fast.distill.student import Student
 from smi_fast.images import SparseImages
 from smi_fast.model.from_timm import weights_sha256
-from smi_fast.model.sparse_vit import SparseViT
 
 LOSS_EVERY = 10  # steps between two looks at the loss, each of which waits for the device
 
@@ -48,8 +46,7 @@ class Trainer:
     (`DistillConfig.cache`): the teacher's logits, and in mode "probe" what the student's head reads.
 
     Args:
-        teacher: from `smi_fast.load_model`.
-        student: from `build_student`, on the teacher's device; it is trained in place.
+        pair: of a teacher from `smi_fast.load_model` and a student from `build_student`, which is trained in place.
         config: the training.
         source: a saved set, or real images as an `ImageSet` (offline); or `Alternating`.
         evaluate: gets the student's timm model in eval mode, which sees whole images, and gives an accuracy. In mode
@@ -60,13 +57,12 @@ class Trainer:
     Killed at any moment after the start and resumed, it ends with the same student, on a CPU bit for bit.
 
     Raises:
-        ValueError: what `Pair` refuses, or images that do not fit the teacher.
+        ValueError: images that do not fit the teacher.
     """
 
     def __init__(
         self,
-        teacher: SparseViT,
-        student: Student,
+        pair: Pair,
         config: DistillConfig,
         source: SparseImages | ImageSet | Alternating,
         *,
@@ -74,7 +70,7 @@ class Trainer:
         folder: RunFolder | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.pair, self.student, self.config = Pair(teacher, student), student, config
+        self.pair, self.student, self.config, teacher = pair, pair.student, config, pair.teacher
         self.evaluate, self.folder, self.progress = evaluate, folder, progress or Progress()
         self.marks, self.curve = Marks(), list[CurveRow]()
         self.rounds: Rounds | None = None

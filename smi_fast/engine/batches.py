@@ -1,59 +1,74 @@
-"""How many images each stage works on at a time."""
+"""Groups of images, and the batch in which each stage works on them.
 
-from collections.abc import Sequence
+A group goes through the stages together. How many images it has is fixed; in what batches a stage takes them is decided
+when the group's turn comes, in the engine's own thread, which is also where a batch turns out not to fit into memory.
+"""
 
+import itertools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-def stage_batches(batch_size: int | Sequence[int], stages: int, may_differ: bool) -> tuple[int, ...]:
-    """A batch for each stage.
-
-    Raises:
-        ValueError: a number that is no integer of at least 1, another count than there are stages, one that does not
-            divide the largest, or different ones where they may not differ.
-    """
-    sizes = tuple(batch_size) if isinstance(batch_size, Sequence) else (batch_size,) * stages
-    for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: must be an integer of at least 1, or one for each stage")
-    if len(sizes) != stages:
-        raise ValueError(f"batch_size={batch_size!r}: {len(sizes)} numbers for {stages} stages")
-    for size in sizes:
-        if max(sizes) % size:
-            raise ValueError(f"batch_size={batch_size!r}: each must divide the largest, {max(sizes)}; {size} does not")
-    if not may_differ and len(set(sizes)) > 1:
-        raise ValueError(
-            f"batch_size={batch_size!r}: preset 'reference' ties batch-mates, so all stages need one batch"
-        )
-    return sizes
+from smi_fast.engine.observe import StageClock
+from smi_fast.tuning.settings import split_evenly
 
 
-def even_batches(images: int, limits: tuple[int, ...]) -> tuple[int, ...]:
-    """Batches, one a stage, none above its limit, that take ``images`` images in as few groups and with little filling.
+@dataclass(frozen=True)
+class Group:
+    """Some images of a label stream."""
 
-    A group is what goes through the stages together: as many images as the largest batch, and each batch divides it.
+    index: int
+    labels: list[int]
+    image_ids: list[int]
+    gone: threading.Event  # set when nobody waits for the images any more
+    clock: StageClock = field(default_factory=StageClock)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def cut_groups(pairs: Iterator[tuple[int, int]], size: int, gone: threading.Event) -> Iterator[Group]:
+    """Cut a stream of (label, image id), of any length, into groups of ``size``; the last may be short."""
+    for index in itertools.count():
+        chunk = list(itertools.islice(pairs, size))
+        if not chunk:
+            return
+        yield Group(index, [label for label, _ in chunk], [image_id for _, image_id in chunk], gone)
+
+
+class Batches:
+    """The batch of each stage: the largest that is allowed, and what each group gets.
 
     Args:
-        images: how many there are, at least 1.
-        limits: the largest batch of each stage.
-
-    Returns:
-        A batch for each stage; the largest is the size of a group.
+        limits: of each stage; each divides the largest, which is the size of a group.
+        coupled: images depend on their batch-mates. Then a group is one batch, and never filled up.
     """
-    most = max(limits)
-    group = -(-images // -(-images // most))  # as many groups as full ones would be, all of one size
-    while True:
-        chunks = [-(-group // limit) for limit in limits]
-        if all(group % count == 0 for count in chunks):
-            return tuple(group // count for count in chunks)
-        group += 1
+
+    def __init__(self, limits: tuple[int, ...], coupled: bool) -> None:
+        self.limits, self.coupled, self.group_size = limits, coupled, max(limits)
+
+    def of(self, group: Group) -> tuple[int, list[int]]:
+        """How many images a group is filled up to, and the batch of each stage, each of which divides that number.
+
+        A short group that is the first is all there is, so it is cut evenly. Later ones are filled up with spare
+        images, so that every batch runs on the graphs that are there.
+        """
+        if self.coupled:
+            return len(group), [len(group)] * len(self.limits)
+        if group.index == 0:
+            size, batches = split_evenly(len(group), self.limits)
+            return size, list(batches)
+        return self.group_size, list(self.limits)
+
+    def lower(self, stage: int, batch: int) -> int:
+        """A batch of a stage did not fit: the smaller one to go on with, which is the most for later groups too."""
+        smaller = halved(batch)
+        most = min(self.limits[stage], smaller)
+        fits = next(size for size in range(most, 0, -1) if self.group_size % size == 0)
+        self.limits = (*self.limits[:stage], fits, *self.limits[stage + 1 :])
+        return smaller
 
 
 def halved(batch: int) -> int:
     """The largest divisor of ``batch`` that is at most half of it; 0 for 1."""
     return next((size for size in range(batch // 2, 0, -1) if batch % size == 0), 0)
-
-
-def lowered(batches: tuple[int, ...], stage: int, smaller: int) -> tuple[int, ...]:
-    """The batches with a smaller one at ``stage``; others give way where they no longer divide the largest."""
-    limits = [smaller if index == stage else batch for index, batch in enumerate(batches)]
-    most = max(limits)
-    return tuple(next(size for size in range(limit, 0, -1) if most % size == 0) for limit in limits)

@@ -8,29 +8,21 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smi_fast.config import InversionConfig
-from smi_fast.engine.batches import halved, lowered, stage_batches
-from smi_fast.engine.buckets import Bucket, Buckets, Recipe
-from smi_fast.engine.compiler import why_not_compile
-from smi_fast.engine.determinism import deterministic_algorithms
-from smi_fast.engine.groups import Group, cut_groups
-from smi_fast.engine.losses import LossReader
-from smi_fast.engine.progress import Progress
-from smi_fast.engine.runner import Runner
-from smi_fast.engine.snapshots import Snapshots
-from smi_fast.engine.state import State, new_state, stop_patches
+from smi_fast.engine.batches import Batches, Group, cut_groups
+from smi_fast.engine.observe import LossReader, Progress, Snapshots
+from smi_fast.engine.randomness import Draws, deterministic_algorithms, draw
+from smi_fast.engine.runner import Bucket, Runner, Runners, Source
+from smi_fast.engine.state import State, new_state
 from smi_fast.images import Provenance, SparseImages
 from smi_fast.model.sparse_vit import SparseViT
-from smi_fast.priors import Prior, priors_of
-from smi_fast.schedule import plan_stages
 from smi_fast.storage.environment import versions
-
-Impl = Literal["eager", "compiled"]
+from smi_fast.tuning.settings import BatchSize, Impl, Target, decide
 
 
 class Interrupted(Exception):
@@ -43,7 +35,7 @@ class Stats:
 
     images: int = 0
     seconds_compile: float = 0.0
-    seconds_run: float = 0.0  # whole batches without compilation
+    seconds_run: float = 0.0  # whole groups without compilation
     stage_seconds: list[float] = field(default_factory=list)
 
 
@@ -52,28 +44,32 @@ class Inverter:
 
     Args:
         model: from `smi_fast.load_model`; its dtype is the compute dtype, its device is where the work is done.
-        config: the inversion.
+        config: the recipe.
         batch_size: images in work at a time; or one number for each stage, of which each divides the largest. As many
             images as the largest go through the stages as a group, each stage cut into batches of its own, so that late
-            stages, which have few patches, can run on more images than early ones. Under ``paper`` the last group is
-            filled up with spare images, so that every batch runs on the same graphs; under ``reference``, where
-            batch-mates matter, all stages have one batch, and the last is left short.
+            stages, which have few patches, can run on more images than early ones. None takes what ``smi-fast tune``
+            stored for this machine, else 64. The last group is filled up with spare images, so that every batch runs on
+            the same graphs; where images depend on their batch-mates, it is left short.
         impl: "compiled" (one graph a bucket) or "eager". Where the machine cannot compile, a warning says why, and
             ``impl`` reads "eager" from then on.
-        priors: terms of the loss besides cross-entropy; None takes those that the configuration names.
-        progress: told of the work as it goes on.
-        snapshots: collects canvases of the first batch on the way, see `Snapshots`.
         cuda_graphs: on CUDA, launch many iterations at once as a captured graph; priors must be fit for it.
         deterministic: the same seed, device and versions give the same bytes. On CUDA this turns on
             ``torch.use_deterministic_algorithms`` while the engine works, which some operations pay for; elsewhere it
             is so anyway.
 
-    Where a batch of ``paper`` does not fit into device memory, its stage goes on with half of it, and
-    `Progress.out_of_memory` is told; nothing that was done is lost.
+    Attributes:
+        progress: told of the work as it goes on; set it before the work starts.
+        snapshots: collects canvases of the first batch on the way, or None; see `Snapshots`.
+        stats: what was done so far.
+
+    Where a batch does not fit into device memory, its stage goes on with half of it, and `Progress.out_of_memory` is
+    told; nothing that was done is lost. (Not where images depend on their batch-mates.)
+
+    >>> Inverter(load_model("demo"), InversionConfig(iterations=400, stops=((50, 0.3),)))(labels=[3, 5])
 
     Raises:
-        ValueError: a batch size below 1 or that does not divide the largest, an unknown ``impl``, a schedule that does
-            not fit the model's grid.
+        ValueError: a batch size or an ``impl`` that breaks a rule, a strategy that does not fit the model's grid, or a
+            prior that needs a block which the model does not have.
     """
 
     def __init__(
@@ -81,33 +77,29 @@ class Inverter:
         model: SparseViT,
         config: InversionConfig,
         *,
-        batch_size: int | Sequence[int] = 8,
+        batch_size: BatchSize | None = None,
         impl: Impl = "compiled",
-        priors: Sequence[Prior] | None = None,
-        progress: Progress | None = None,
-        snapshots: Snapshots | None = None,
         cuda_graphs: bool = True,
         deterministic: bool = False,
     ) -> None:
-        if impl not in ("eager", "compiled"):
-            raise ValueError(f"impl={impl!r}: must be 'eager' or 'compiled'")
         self.model, self.config = model, config
-        self.stages = plan_stages(model.grid.patches, config.stops, config.iterations)
-        self.batches = stage_batches(batch_size, len(self.stages), config.rules.stop_updates)
-        self.priors = priors_of(config) if priors is None else tuple(priors)
-        self.progress = progress or Progress()
-        self.snapshots = snapshots
+        self.stages = config.stages(model.grid.patches)
+        settings = decide(Target.of(model), config, batch_size=batch_size, impl=impl)
+        settings.apply(model)
+        if settings.impl != impl:
+            warnings.warn(settings.notes[0], stacklevel=2)
+        self.impl, self.batch_source = settings.impl, settings.source
+        self.progress: Progress = Progress()
+        self.snapshots: Snapshots | None = None
         self.deterministic = deterministic
         self.stats = Stats(stage_seconds=[0.0] * len(self.stages))
-        self.impl: Impl = self._usable(impl)
-        self.buckets = Buckets(Recipe(model, config, self.priors, self.impl == "compiled", cuda_graphs))
+        self.runners = Runners(Source(model, config, self.impl == "compiled", cuda_graphs))
+        self._batches = Batches(settings.batches, config.couples_batch)
 
-    def _usable(self, impl: Impl) -> Impl:
-        reason = why_not_compile(self.model.device.type) if impl == "compiled" else None
-        if reason is None:
-            return impl
-        warnings.warn(f"impl='compiled' is not to be had here, running eager: {reason}", stacklevel=3)
-        return "eager"
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The largest batch of each stage; lower than what was asked for, where memory ran out."""
+        return self._batches.limits
 
     def __call__(self, labels: Iterable[int], image_ids: Sequence[int] | None = None) -> SparseImages:
         """Invert one image for each label.
@@ -134,6 +126,9 @@ class Inverter:
         Groups come in the order of the labels. Closing the iterator (or an interrupt) stops the work after the
         current step and drops the unfinished groups.
 
+        >>> for images in inverter.stream(itertools.cycle(range(10))):
+        ...     train(images)
+
         Raises:
             ValueError: a label that the model does not know, or an id that is no integer of 0 or more, when the
                 stream comes to its group.
@@ -141,12 +136,17 @@ class Inverter:
         """
         gone = threading.Event()
         ids = itertools.count() if image_ids is None else image_ids
-        groups = cut_groups(zip(labels, ids, strict=False), lambda: self.batches, self.config.rules.stop_updates, gone)
-        with ThreadPoolExecutor(1, thread_name_prefix="smi_fast") as pool:
-            pending: Future[SparseImages] | None = None
+        groups = cut_groups(zip(labels, ids, strict=False), self._batches.group_size, gone)
+        pending: Future[SparseImages] | None = None
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="smi_fast draw") as draws,
+            ThreadPoolExecutor(1, thread_name_prefix="smi_fast") as engine,
+        ):
             try:
                 for group in groups:
-                    following = pool.submit(self._invert, group)
+                    # while the device still works on the group before
+                    drawn = draws.submit(self._draw, group)
+                    following = engine.submit(self._invert, group, drawn)
                     if pending is not None:
                         yield pending.result()
                     pending = following
@@ -166,65 +166,73 @@ class Inverter:
             raise ValueError(f"labels: {label!r}: must be a class index in 0..{classes - 1}")
         return index
 
+    def _draw(self, group: Group) -> Draws:
+        """The random numbers of a group; runs in a thread of its own."""
+        return draw(self.config, group.image_ids, self.model.grid, self.model.device.type == "cuda")
+
     @torch.no_grad()
-    def _invert(self, group: Group) -> SparseImages:
+    def _invert(self, group: Group, drawn: Future[Draws]) -> SparseImages:
         """One group from start to finish; runs in the engine's thread."""
-        self.progress.group_started(group.index, group.wanted)
-        for number, limit in enumerate(self.batches):  # the group may have been cut before memory ran out
-            if group.batches[number] % limit == 0:
-                group.batches[number] = limit
-        begin, compiled_before = time.perf_counter(), self.buckets.seconds_compile
+        self.progress.group_started(group.index, len(group))
+        size, batches = self._batches.of(group)
+        begin, compiled_before = time.perf_counter(), self.runners.seconds_compile
         try:
             with deterministic_algorithms(self.deterministic and self.model.device.type == "cuda"):
-                images = self._finish(self._run_stages(group), group)
+                state = self._run_stages(self._start(group, drawn.result(), size), group, batches)
+                images = self._finish(state, group, batches[-1])
         except torch.OutOfMemoryError as error:
-            batches = self.batches if len(set(self.batches)) > 1 else self.batches[0]
+            limits = self.batches if len(set(self.batches)) > 1 else self.batches[0]
             raise MemoryError(
-                f"out of device memory at batch_size={batches}; a smaller batch size needs less: {error}"
+                f"out of device memory at batch_size={limits}; a smaller batch size needs less: {error}"
             ) from error
         for number, seconds in group.clock.seconds():
             self.stats.stage_seconds[number] += seconds
-        self.stats.seconds_compile = self.buckets.seconds_compile
+        self.stats.seconds_compile = self.runners.seconds_compile
         self.stats.seconds_run += time.perf_counter() - begin - (self.stats.seconds_compile - compiled_before)
-        self.stats.images += group.wanted
-        self.progress.group_finished(group.index, group.wanted)
+        self.stats.images += len(group)
+        self.progress.group_finished(group.index, len(group))
         return images
 
-    def _run_stages(self, group: Group) -> State:
-        """From the start of a group to its last step."""
+    def _start(self, group: Group, drawn: Draws, size: int) -> State:
+        """The state of a group before its first step, filled up with copies of its last image."""
         labels = [self._class_index(label) for label in group.labels]
-        state = new_state(self.model, self.config, labels, group.image_ids, len(self.priors))
+        spare = size - len(group)
+        if spare:
+            drawn = Draws(*(torch.cat([part, part[-1:].expand(spare, *part.shape[1:])]) for part in drawn))
+        return new_state(self.model, self.config, labels + labels[-1:] * spare, drawn)
+
+    def _run_stages(self, state: State, group: Group, batches: list[int]) -> State:
+        """From the start of a group to its last step."""
         for number, stage in enumerate(self.stages):
             if number:
-                state = stop_patches(state, stage.kept, self.config.rules.stop_updates)
+                state = state.stopped(self.config.strategy, stage.kept, stage.start)
             start = 0
-            while start < group.wanted:  # batches that only fill up are left out
-                start += self._run_batch(state, start, number, group)
+            while start < len(group):  # batches that only fill up are left out
+                start += self._run_batch(state, start, number, (group, batches))
             state.iteration.fill_(stage.end)
         return state
 
-    def _run_batch(self, state: State, start: int, number: int, group: Group) -> int:
+    def _run_batch(self, state: State, start: int, number: int, work: tuple[Group, list[int]]) -> int:
         """All iterations of a stage for the images from ``start`` on; returns how many those are."""
-        while not self._fits(state, start, number, group):
-            batch = group.batches[number]
-            smaller = halved(batch)
+        batches = work[1]
+        while not self._fits(state, start, number, work):
             # here, where nothing of the failed attempt is alive any more
-            self.buckets.drop(Bucket(batch, state.keep.shape[1]))
-            group.batches[number] = smaller
-            self.batches = lowered(self.batches, number, smaller)
-            self.progress.out_of_memory(number, batch, smaller)
-        return group.batches[number]
+            self.runners.drop(Bucket(batches[number], state.keep.shape[1]))
+            smaller = self._batches.lower(number, batches[number])
+            self.progress.out_of_memory(number, batches[number], smaller)
+            batches[number] = smaller
+        return batches[number]
 
-    def _fits(self, state: State, start: int, number: int, group: Group) -> bool:
+    def _fits(self, state: State, start: int, number: int, work: tuple[Group, list[int]]) -> bool:
         """Run a batch; False where it does not fit into memory and a smaller one may, ``state`` being as it was."""
-        batch = group.batches[number]
+        group, batches = work
         try:
-            runner = self._runner(state, start, number, batch)
+            runner = self._runner(state, start, number, batches[number])
             runner.load(state, start)
             with group.clock.stage(number, self.model.device):
-                self._iterate(runner, start, number, group)
+                self._iterate(runner, start, number, work)
         except torch.OutOfMemoryError:
-            if batch == 1 or not self.config.rules.stop_updates:
+            if batches[number] == 1 or self.config.couples_batch:
                 raise
             return False
         runner.store(state, start)
@@ -233,22 +241,23 @@ class Inverter:
     def _runner(self, state: State, start: int, number: int, batch: int) -> Runner:
         """The runner of a batch."""
         bucket = Bucket(batch, state.keep.shape[1])
-        waits = self.impl == "compiled" and not self.buckets.has(bucket)
+        waits = self.impl == "compiled" and not self.runners.has(bucket)
         begin = time.perf_counter()
         if waits:
             self.progress.compiling(number + 1, len(self.stages), bucket.kept)
-        runner = self.buckets.runner(state, start, batch)
+        runner = self.runners.of(state, start, batch)
         if waits:
             self.progress.compiled(time.perf_counter() - begin)
         return runner
 
-    def _iterate(self, runner: Runner, start: int, number: int, group: Group) -> None:
+    def _iterate(self, runner: Runner, start: int, number: int, work: tuple[Group, list[int]]) -> None:
         """All iterations of a stage on what the runner has loaded."""
+        group, batches = work
         stage = self.stages[number]
         snapshots = self.snapshots if group.index == 0 and start == 0 else None
-        shown = group.image_ids[: min(group.wanted, *group.batches)]
+        shown = group.image_ids[: min(len(group), *batches)]
         reader, iteration = LossReader(runner.state), stage.start
-        self.progress.stage_started(number, stage, start, min(group.batches[number], group.wanted - start))
+        self.progress.stage_started(number, stage, start, min(batches[number], len(group) - start))
         while iteration < stage.end:
             if group.gone.is_set():
                 raise Interrupted
@@ -261,21 +270,20 @@ class Inverter:
         if snapshots is not None and stage.end == self.config.iterations:
             snapshots.offer(stage.end, runner.state, shown)
 
-    def _finish(self, state: State, group: Group) -> SparseImages:
+    def _finish(self, state: State, group: Group, batch: int) -> SparseImages:
         """Ask the model what it sees in the kept patches, and hand the images over on the host."""
-        batch = group.batches[-1]
         rows = zip(state.canvas.split(batch), state.keep.split(batch), strict=True)
         probabilities = torch.cat([self.model(canvas, keep)[0].softmax(1) for canvas, keep in rows])
         confidence = probabilities.gather(1, state.labels[:, None])[:, 0]
 
         def host(tensor: Tensor) -> Tensor:
-            return tensor[: group.wanted].detach().to("cpu", copy=True)
+            return tensor[: len(group)].detach().to("cpu", copy=True)
 
         images = SparseImages(
             pixels=host(state.canvas).float(),
             keep=host(state.keep),
             labels=host(state.labels),
-            image_ids=torch.tensor(group.image_ids[: group.wanted], dtype=torch.int64),
+            image_ids=torch.tensor(group.image_ids, dtype=torch.int64),
             confidence=host(confidence).float(),
             predicted=host(probabilities.argmax(1)),
             failed_at=host(state.failed_at),

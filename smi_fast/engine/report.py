@@ -8,19 +8,16 @@ from smi_fast.images import SparseImages
 from smi_fast.kernels.patch_mask import kept_statistics
 from smi_fast.model.flops import run_flops
 from smi_fast.schedule import sparsity
-from smi_fast.storage.environment import device_name, peak_memory_bytes, versions
+from smi_fast.storage.environment import device_name, peak_memory_bytes, processor, versions
 
 
-def build_report(
-    inverter: Inverter, images: SparseImages, interrupted: bool = False, batch_source: str = "given"
-) -> dict[str, Any]:
+def build_report(inverter: Inverter, images: SparseImages, interrupted: bool = False) -> dict[str, Any]:
     """The contents of ``report.json``; seconds are wall-clock, compilation is counted apart.
 
     Args:
         inverter: after its run.
         images: what it gave, all batches together.
         interrupted: the run was ended before all images were done.
-        batch_source: where the batch came from: "given", "default" or "tuned".
     """
     model, config, stats = inverter.model, inverter.config, inverter.stats
     flops = run_flops(model.shape, inverter.stages)
@@ -28,6 +25,9 @@ def build_report(
     failures = (images.failed_at >= 0).nonzero().flatten().tolist()
     return {
         "images": len(images),
+        "labels": images.labels.tolist(),
+        "image_ids": images.image_ids.tolist(),
+        "image_size": [model.grid.height, model.grid.width],
         "interrupted": interrupted,
         "iterations": config.iterations,
         "sparsity": sparsity(inverter.stages, model.grid.patches),
@@ -58,13 +58,14 @@ def build_report(
             "std": deviation.mean(0).tolist(),
         },
         "failed": [{"image_id": int(images.image_ids[i]), "iteration": int(images.failed_at[i])} for i in failures],
-        "config": config.to_dict(),
+        "recipe": config.to_dict(),
         "batch_size": list(inverter.batches),
-        "batch_source": batch_source,
+        "batch_source": inverter.batch_source,  # "given", "tuned" or "default"
         "impl": inverter.impl,
         "kernels": "triton" if uses_kernels(model) else "torch",
         "dtype": model.precision,
         "device": device_name(model.device),
+        "processor": processor(),
         "model": {"name": model.info.name, "sha256": model.info.sha256},
         "versions": versions(),
         "seed": config.seed,

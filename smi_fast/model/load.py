@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import timm
 import torch
@@ -26,6 +26,15 @@ from smi_fast.model.spec import ModelInfo
 DEMO = "demo"
 IMAGENET_CLASSES = 1000
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, FP8)
+
+
+class Options(TypedDict, total=False):
+    """What else `load_model` takes, by name."""
+
+    num_classes: int | None  # None takes it from the weights; any other number must agree with them
+    # pixels, a side or ``(height, width)``; None for the model's own. Position embeddings are resampled
+    img_size: int | Sequence[int] | None
+    fold: bool  # put norms and attention's scale into the linear layers, see `smi_fast.model.fold.fold`
 
 
 @dataclass(frozen=True)
@@ -55,13 +64,13 @@ def load_model(
     *,
     pretrained: bool | None = None,
     checkpoint: str | Path | None = None,
-    num_classes: int | None = None,
-    img_size: int | Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    fold: bool = False,
+    **options: Unpack[Options],
 ) -> SparseViT:
     """Load a frozen Vision Transformer.
+
+    >>> load_model("deit_base_patch16_224", dtype=torch.bfloat16, device="cuda")
 
     Args:
         name: "demo" (a small CIFAR-10 teacher that comes with the package) or a timm model name, with or without a
@@ -69,12 +78,10 @@ def load_model(
         pretrained: fetch timm's weights; None means True unless there is a ``checkpoint``. False without a checkpoint
             gives random weights.
         checkpoint: a file of weights, see `smi_fast.model.checkpoint.read_state_dict`.
-        num_classes: None takes it from the weights; any other number must agree with them.
-        img_size: pixels, a side or ``(height, width)``; None for the model's own. Position embeddings are resampled.
         dtype: compute dtype, one of float32, bfloat16, float64; or float8_e4m3fn, for a model in bfloat16 whose
             blocks' linear layers run on 8-bit floats (CUDA devices of compute capability 8.9 and above).
         device: where the weights go.
-        fold: put norms and attention's scale into the linear layers, see `smi_fast.model.fold.fold`.
+        options: see `Options`.
 
     Returns:
         The model, frozen. With 1000 classes it is taken to know ImageNet-1k, and its classes are named so.
@@ -86,11 +93,13 @@ def load_model(
         ConnectionError: the pretrained weights could not be fetched.
     """
     _check_target(dtype, device)
+    if unknown := set(options) - set(Options.__annotations__):
+        raise TypeError(f"load_model has no argument {sorted(unknown)}; known: {sorted(Options.__annotations__)}")
     if checkpoint is not None and pretrained:
         raise ValueError(f"pretrained=True and checkpoint={str(checkpoint)!r}: give one source of weights")
     state = None if checkpoint is None else read_state_dict(checkpoint)
-    classes = _settle_classes(num_classes, checkpoint, state)
-    request = _Request(name, pretrained, classes, img_size, checkpoint, state)
+    classes = _settle_classes(options.get("num_classes"), checkpoint, state)
+    request = _Request(name, pretrained, classes, options.get("img_size"), checkpoint, state)
     found = _demo(request) if name == DEMO else _from_timm_name(request)
     info = ModelInfo(
         name=name,
@@ -100,7 +109,7 @@ def load_model(
         class_names=None if found.class_names is None else tuple(found.class_names),
     )
     model = from_timm(found.vit, info)
-    if fold:
+    if options.get("fold"):
         fold_model(model)
     if dtype is FP8:
         return to_fp8(model.with_dtype(torch.bfloat16)).to(device)

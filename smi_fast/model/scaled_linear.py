@@ -67,28 +67,24 @@ def scaled_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = Non
 
 
 class _Product(torch.autograd.Function):
-    """``[M, in]`` to ``[M, out]`` bfloat16; see the top of the file."""
+    """``[M, in]`` to ``[M, last - first]`` bfloat16, some outputs of a layer; see the top of the file.
+
+    The layer goes through as an object: it is frozen, so autograd need not know its tensors.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        transposed: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        gradient: torch.dtype,
-    ) -> Tensor:
-        ctx.save_for_backward(transposed, scale)
-        ctx.gradient = gradient
+    def forward(ctx: Any, x: Tensor, layer: "ScaledLinear", first: int, last: int) -> Tensor:
+        ctx.layer, ctx.first, ctx.last = layer, first, last
+        bias = None if layer.bias is None else layer.bias[first:last]
         # short accumulators, as is usual forward; not for gradients, whose small sums count
-        return _multiply(x, FP8, weight, scale, bias, use_fast_accum=True)
+        return _multiply(x, FP8, layer.weight[first:last], layer.scale, bias, use_fast_accum=True)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        transposed, scale = ctx.saved_tensors
-        return _multiply(d_y, ctx.gradient, transposed, scale), None, None, None, None, None
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None, None, None]:
+        layer = ctx.layer
+        weight = layer.transposed[:, ctx.first : ctx.last]
+        return _multiply(d_y, layer.gradient, weight, layer.scale), None, None, None
 
 
 def _multiply(
@@ -143,9 +139,7 @@ class ScaledLinear(nn.Module):
 
     def part(self, x: Tensor, first: int, last: int) -> Tensor:
         """Outputs ``first`` to ``last`` alone, both multiples of 16: ``[..., in]`` to ``[..., last - first]``."""
-        weight, transposed = self.weight[first:last], self.transposed[:, first:last]
-        bias = None if self.bias is None else self.bias[first:last]
-        y = _Product.apply(x.reshape(-1, self.in_features), weight, transposed, self.scale, bias, self.gradient)
+        y = _Product.apply(x.reshape(-1, self.in_features), self, first, last)
         return y.view(*x.shape[:-1], last - first)
 
 

@@ -21,19 +21,20 @@ from smi_fast.kernels.common.check import check_ids
 from smi_fast.kernels.common.grid import Grid, Moves
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.tile_attention import parts_of
-from smi_fast.model.attention import attention, packed_attention, require
+from smi_fast.model.attention import attention, attention_weights, packed_attention, require
 from smi_fast.model.scaled_linear import ScaledLinear
-from smi_fast.model.spec import ModelInfo, ViTShape
+from smi_fast.model.spec import ModelInfo, Needs, ViTShape
 
 Norm = nn.LayerNorm | nn.Identity
 
 
 class ViTOutput(NamedTuple):
-    """What one forward gives; ``features`` are the outputs of all blocks but the last, ``[B, N, D]`` each."""
+    """What one forward gives; the last two hold the blocks that were asked for, by number."""
 
     logits: Tensor  # [B, classes] float32
     cls_scores: Tensor  # [B, K] float32
-    features: tuple[Tensor, ...]
+    features: dict[int, Tensor]  # outputs of blocks, [B, N, D] each
+    attention: dict[int, Tensor]  # attention maps of blocks after the softmax, [B, H, N, N] float32 each
 
 
 class FrozenBlock(nn.Module):
@@ -81,6 +82,12 @@ class FrozenBlock(nn.Module):
         query, key, value = parts_of(packed)
         query, key = self.q_norm(query), self.k_norm(key)
         return self._finish(x, attention(query, key, value, choice=choice, scale=self.scale))
+
+    def forward_with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The block with its attention map written out: ``[B, N, D]``, and ``[B, H, N, N]`` in float32 at least."""
+        query, key, value = parts_of(self._pack(self.qkv(self.norm1(x)), 3))
+        weights = attention_weights(self.q_norm(query), self.k_norm(key), self.scale)
+        return self._finish(x, weights.to(value.dtype) @ value), weights
 
     def forward_last(self, x: Tensor, prefix: int, reads: int) -> tuple[Tensor, Tensor]:
         """The block for the first ``reads`` tokens alone: ``[B, reads, D]``, and the CLS scores ``[B, K]``."""
@@ -226,29 +233,45 @@ class SparseViT(nn.Module):
         still = torch.zeros(batch, 2, dtype=torch.int64, device=pixels.device)
         return patch_gather(pixels, keep, Moves(still, still[:, 0].bool()), self.grid.patch, self.dtype), keep
 
-    def forward_patches(self, windows: Tensor, cells: Tensor) -> ViTOutput:
+    def forward_patches(self, windows: Tensor, cells: Tensor, needs: Needs = Needs()) -> ViTOutput:  # noqa: B008 - frozen
         """The forward on patches that are already cut out.
 
         Args:
             windows: ``[B, K, 3 * P * P]`` in the compute dtype.
             cells: ``[B, K]`` int64, the grid cell whose position embedding each patch takes.
+            needs: which block outputs and attention maps to hand over, with plain block numbers (`Needs.of`).
         """
         x = self.patch_embed(windows) + self.pos_embed[cells]
         x = torch.cat([self.prefix_tokens.expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
         x = self.norm_pre(x)
-        features, choice = [], self.attention_choices.get(x.shape[1])
-        for block in self.blocks[:-1]:
-            x = block(x, choice)
-            features.append(x)
-        x, scores = self._last_block(x, choice)
-        return ViTOutput(self._head(x), scores, tuple(features))
+        choice = self.attention_choices.get(x.shape[1])
+        features: dict[int, Tensor] = {}
+        maps: dict[int, Tensor] = {}
+        last = self.shape.depth - 1
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, FrozenBlock)
+            if index in needs.attention:
+                x, maps[index] = block.forward_with_attention(x)
+            elif index < last:
+                x = block(x, choice)
+            else:
+                break
+            if index in needs.features:
+                features[index] = x
+        if last in maps:
+            scores = maps[last][:, :, 0, self.shape.prefix :].mean(1)
+        elif last in needs.features or not self.shape.reads:
+            x, scores = self._last.forward_with_scores(x, self.shape.prefix, choice)
+            features |= {last: x} if last in needs.features else {}
+        else:
+            x, scores = self._last.forward_last(x, self.shape.prefix, self.shape.reads)
+        return ViTOutput(self._head(x), scores, features, maps)
 
-    def _last_block(self, x: Tensor, choice: str | None) -> tuple[Tensor, Tensor]:
-        last, shape = self.blocks[-1], self.shape
-        assert isinstance(last, FrozenBlock)
-        if shape.reads:
-            return last.forward_last(x, shape.prefix, shape.reads)
-        return last.forward_with_scores(x, shape.prefix, choice)
+    @property
+    def _last(self) -> FrozenBlock:
+        block = self.blocks[-1]
+        assert isinstance(block, FrozenBlock)
+        return block
 
     def _head(self, x: Tensor) -> Tensor:
         """Logits from ``[B, reads, D]`` (or all tokens, where the head averages the patches)."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smi_fast import checks
 from smi_fast.images import SparseImages
 from smi_fast.kernels.common.check import check_ids
 from smi_fast.kernels.common.grid import Grid
@@ -59,7 +60,7 @@ class Calibration:
         Raises:
             ValueError: ``count`` is below 1.
         """
-        _check_count(count)
+        checks.check("count", count, checks.count(count))
         draw = torch.Generator().manual_seed(seed)
         pixels = torch.randn(count, 3, grid.height, grid.width, generator=draw)
         return Calibration.from_pixels(pixels, name=f"gaussian, {count} images, seed {seed}")
@@ -83,7 +84,7 @@ class Calibration:
             ValueError: no image that was finished, fewer of them than ``count``, or images of another resolution,
                 patch side or colour normalisation than the model's.
         """
-        _check_count(count)
+        checks.check("count", count, checks.count(count))
         _check_fits(images, model)
         whole = (images.failed_at < 0).nonzero().flatten()
         if len(whole) < count:
@@ -108,11 +109,6 @@ class Calibration:
                 raise ValueError(f"calibration set {self.name!r} is of {found}: {model.info.name} takes {size}")
             if keep is not None:
                 check_ids("keep", keep, model.grid.patches)
-
-
-def _check_count(count: int) -> None:
-    if count < 1:
-        raise ValueError(f"count={count}: must be at least 1")
 
 
 def _check_fits(images: SparseImages, model: SparseViT) -> None:

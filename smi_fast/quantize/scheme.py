@@ -18,10 +18,11 @@ Three things that the equation leaves open:
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from smi_fast.checks import Rule, check_rules, is_finite, is_int, one_of
 
 SCHEMES = ("paper", "psaq")
 OBSERVERS = ("minmax", "percentile", "mse")
@@ -44,20 +45,24 @@ class QuantConfig:
     percentile: float = 99.99  # of "percentile": above 50, at most 100
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "act_bits"):
-            bits: Any = getattr(self, name)
-            if isinstance(bits, bool) or not isinstance(bits, int) or not LEAST_BITS <= bits <= MOST_BITS:
-                raise ValueError(f"{name}={bits!r}: must be a whole number in {LEAST_BITS}..{MOST_BITS}")
-        for name, known in (("scheme", SCHEMES), ("observer", OBSERVERS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, known))}")
-        if not 50 < self.percentile <= 100:
-            raise ValueError(f"percentile={self.percentile}: must be above 50 and at most 100")
+        rules = {
+            "weight_bits": _bits(self.weight_bits),
+            "act_bits": _bits(self.act_bits),
+            "scheme": one_of(self.scheme, SCHEMES),
+            "observer": one_of(self.observer, OBSERVERS),
+            "percentile": (is_finite(self.percentile) and 50 < self.percentile <= 100, "must be above 50, at most 100"),
+        }
+        check_rules(self, rules)
 
     @property
     def name(self) -> str:
         """Such as "W4/A8 psaq minmax"."""
         return f"W{self.weight_bits}/A{self.act_bits} {self.scheme} {self.observer}"
+
+
+def _bits(value: int) -> Rule:
+    holds = is_int(value) and LEAST_BITS <= value <= MOST_BITS
+    return holds, f"must be an integer in {LEAST_BITS}..{MOST_BITS}"
 
 
 @dataclass(frozen=True, eq=False)

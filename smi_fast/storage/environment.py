@@ -1,4 +1,4 @@
-"""What a result depends on besides its inputs: versions, the device and what it can do, and where caches are kept."""
+"""What a result depends on besides its inputs: versions, the device and what it can do, and its cache folder."""
 
 import functools
 import os
@@ -9,11 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 __version__ = "0.1.0"
 PACKAGES = ("torch", "triton", "torchao", "timm", "numpy", "safetensors")
-CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def versions() -> dict[str, str]:
@@ -77,29 +75,3 @@ def cache_home() -> Path:
     """The folder of all that this package keeps: ``$XDG_CACHE_HOME/smi_fast``, or ``~/.cache/smi_fast``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "smi_fast"
-
-
-def user_chose_cache() -> bool:
-    """Did the user name a folder? PyTorch puts its own default into the variable when inductor is imported."""
-    return os.environ.get(CACHE_VARIABLE) not in (None, default_cache_dir())
-
-
-def use_private_cache() -> Path | None:
-    """Let inductor keep compiled graphs in a folder that belongs to this user and outlives a reboot.
-
-    PyTorch's default lies in the system's temporary folder. A folder that the user chose stays. Sets
-    ``TORCHINDUCTOR_CACHE_DIR`` for this process and those that it starts.
-
-    Returns:
-        The folder; None where it cannot be made, and PyTorch's default is used.
-    """
-    if not user_chose_cache():
-        folder = cache_home() / f"inductor-{torch.__version__}"
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:
-            return None
-        if not os.access(folder, os.W_OK | os.X_OK):
-            return None
-        os.environ[CACHE_VARIABLE] = str(folder)
-    return Path(os.environ[CACHE_VARIABLE])

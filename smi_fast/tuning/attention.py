@@ -41,15 +41,9 @@ def tune_attention(
         name = min(seconds, key=lambda name: seconds[name])
         if math.isfinite(seconds[name]):
             chosen[tokens] = name
-    apply_attention(model, chosen)
-    return chosen
-
-
-def apply_attention(model: SparseViT, chosen: dict[int, str]) -> None:
-    """Let a model make these choices, where none was made for it."""
     for tokens, name in chosen.items():
-        if tokens not in model.attention_choices:
-            model.choose_attention(tokens, name)
+        model.choose_attention(tokens, name)
+    return chosen
 
 
 def attention_seconds(model: SparseViT, tokens: int, batch: int, name: str) -> float:

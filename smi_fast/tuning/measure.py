@@ -13,31 +13,45 @@ costs:
 
 import math
 import os
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
+from typing import Protocol
 
 import torch
 
 from smi_fast.config import InversionConfig
-from smi_fast.engine.buckets import Bucket, Buckets, Recipe
-from smi_fast.engine.graphs import UNROLLED
-from smi_fast.engine.runner import Runner
-from smi_fast.engine.state import State, new_state, stop_patches
+from smi_fast.model.scaled_linear import FP8
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.model.spec import ViTShape
-from smi_fast.priors import priors_of
-from smi_fast.schedule import plan_stages
 from smi_fast.tuning.attention import tune_attention
 from smi_fast.tuning.cost import memory_bytes
+from smi_fast.tuning.settings import DEFAULT_BATCH, Impl
 from smi_fast.tuning.store import Tuned, key_of
 
-DEFAULT_BATCH = 64
 TILE_ROWS, TILE_COLUMNS = 128, 256
 MEMORY_SHARE = 0.8  # of what is free; the estimate is rough
-ROUND_SECONDS = 0.2  # a timing shorter than this is mostly noise
 Say = Callable[[str], None]
+
+
+class Timer(Protocol):
+    """Times iterations of the engine, which this package does not know; `smi_fast.engine.timing.StageTimer` is one."""
+
+    model: SparseViT
+    config: InversionConfig
+    impl: Impl
+
+    def prepare(self, kept: int, batch: int) -> Callable[[], float]:
+        """Set up a bucket; returns what measures the seconds of one of its iterations.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit.
+        """
+        ...
+
+    def drop(self, kept: int, batch: int) -> None:
+        """Free a bucket."""
+        ...
 
 
 def wave_rows(shape: ViTShape, device: torch.device) -> int:
@@ -140,106 +154,60 @@ def seconds_per_image(stages: list[StageTimes], batches: Iterable[int]) -> float
     return sum(stage.cost(batch) for stage, batch in zip(stages, batches, strict=True))
 
 
-def tune(
-    model: SparseViT, config: InversionConfig, *, impl: str, most: int = 512, rounds: int = 3, say: Say = print
-) -> Tuned:
-    """Measure a schedule on the model's device, and choose the batch of each stage.
+def tune(timer: Timer, *, most: int = 512, rounds: int = 3, say: Say = print) -> Tuned:
+    """Measure a recipe on the model's device, and choose the batch of each stage.
 
     Args:
-        model: in the dtype and on the device that count.
-        config: its schedule and priors are those that count.
-        impl: "compiled" (each candidate of each stage is compiled) or "eager".
+        timer: of the model, in the dtype and on the device that count, and the recipe.
         most: the largest batch to try.
         rounds: timings of each candidate; the candidates of a stage take turns, and the median counts.
         say: told what is being done.
 
     Raises:
-        ValueError: ``most`` or ``rounds`` below 1, or a preset that ties batch-mates.
+        ValueError: ``most`` or ``rounds`` below 1, or a recipe that couples batch-mates.
         MemoryError: a stage for which no candidate fits into device memory.
     """
     if most < 1 or rounds < 1:
         raise ValueError(f"most={most}, rounds={rounds}: both must be at least 1")
-    if not config.rules.stop_updates:
-        raise ValueError(f"preset={config.preset!r}: its images hang on their batch, which is not for tuning")
+    model, config = timer.model, timer.config
+    config.require_independent("tune")
     shape, device = model.shape, model.device
-    stages = plan_stages(model.grid.patches, config.stops, config.iterations)
-    dtype = torch.float8_e4m3fn if model.precision == "fp8" else model.dtype
+    stages = config.stages(shape.grid.patches)
+    dtype = FP8 if model.precision == "fp8" else model.dtype
     sizes = [candidates(shape, stage.kept, device, dtype, most) for stage in stages]
     middle = {
         stage.kept + shape.prefix: batches[len(batches) // 2] for stage, batches in zip(stages, sizes, strict=True)
     }
     choices = tune_attention(model, middle, rounds, say)
-    recipe = Recipe(model, config, priors_of(config), impl == "compiled", True)
     times = []
     for stage, batches in zip(stages, sizes, strict=True):
-        seconds = _time_stage(recipe, stage.kept, batches, rounds, say)
+        seconds = _time_stage(timer, stage.kept, batches, rounds, say)
         times.append(StageTimes(stage.length, stage.kept + shape.prefix, wave_rows(shape, device), seconds))
     chosen = choose(times)
     usual = (min(DEFAULT_BATCH, *(stage.most for stage in times)),) * len(times)
     gain = seconds_per_image(times, usual) / seconds_per_image(times, chosen)
-    key = key_of(shape, stages, device, model.precision, impl)
+    key = key_of(shape, config, device, model.precision, timer.impl)
     return Tuned(key, chosen, gain, tuple(stage.seconds for stage in times), choices)
 
 
-def _time_stage(recipe: Recipe, kept: int, batches: list[int], rounds: int, say: Say) -> dict[int, float]:
+def _time_stage(timer: Timer, kept: int, batches: list[int], rounds: int, say: Say) -> dict[int, float]:
     """Seconds of one iteration for each batch that fits; the largest is built first, while memory is whole."""
-    buckets, ready = Buckets(recipe), {}
+    ready: dict[int, Callable[[], float]] = {}
+    doing = "compiling bucket of" if timer.impl == "compiled" else "preparing"
     for batch in reversed(batches):
-        doing = "compiling bucket of" if recipe.compiled else "preparing"
         say(f"{doing} {kept} patches at batch {batch}")
         try:
-            state = _state_at(recipe, kept, batch)
-            runner = buckets.runner(state, 0, batch)
-            ready[batch] = (runner, state, _warm_up(runner, state))
+            ready[batch] = timer.prepare(kept, batch)
         except torch.OutOfMemoryError:
             say(f"out of device memory with {kept} patches at batch {batch}: left out")
-            buckets.drop(Bucket(batch, kept))
+            timer.drop(kept, batch)
     if not ready:
         raise MemoryError(f"out of device memory with {kept} patches at a batch of {min(batches)}, the smallest tried")
     timed: dict[int, list[float]] = {batch: [] for batch in sorted(ready)}
     for _ in range(rounds):
         for batch, each in timed.items():
             say(f"measuring {kept} patches at batch {batch}")
-            runner, state, iterations = ready[batch]
-            each.append(_seconds(runner, state, iterations))
+            each.append(ready[batch]())
     for batch in batches:
-        buckets.drop(Bucket(batch, kept))
+        timer.drop(kept, batch)
     return {batch: median(each) for batch, each in timed.items()}
-
-
-def _state_at(recipe: Recipe, kept: int, batch: int) -> State:
-    """The start of ``batch`` images, with ``kept`` patches of each chosen at random, the same ones each time."""
-    model, config = recipe.model, recipe.config
-    labels = [index % model.shape.num_classes for index in range(batch)]
-    with torch.no_grad():
-        state = new_state(model, config, labels, range(batch), len(recipe.priors))
-        if kept == model.grid.patches:
-            return state
-        state.scores.copy_(torch.rand(state.scores.shape, generator=torch.Generator().manual_seed(0)))
-        return stop_patches(state, kept, config.rules.stop_updates)
-
-
-def _warm_up(runner: Runner, state: State) -> int:
-    """Run a first time, and say how many iterations make a timing."""
-    most = len(state.rates)
-    first = min(UNROLLED, most) if state.canvas.is_cuda else 1
-    for _ in range(2):  # the first one may set things up
-        seconds = _seconds(runner, state, first)
-    return min(most, first * max(1, math.ceil(ROUND_SECONDS / (first * seconds))))
-
-
-@torch.no_grad()
-def _seconds(runner: Runner, state: State, iterations: int) -> float:
-    """Of one iteration, over so many."""
-    runner.load(state, 0)
-    _wait(state.canvas.device)
-    begin, done = time.perf_counter(), 0
-    while done < iterations:
-        done += runner.advance(iterations - done)
-    _wait(state.canvas.device)
-    return (time.perf_counter() - begin) / done
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

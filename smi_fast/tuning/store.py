@@ -14,23 +14,28 @@ from typing import Any
 
 import torch
 
+from smi_fast.config import InversionConfig
 from smi_fast.model.spec import ViTShape
-from smi_fast.schedule import Stage
 from smi_fast.storage.environment import cache_home, device_name
 from smi_fast.storage.files import write_json
 
-FORMAT = "smi_fast.tuning.store.v1"
+FORMAT = "smi_fast.tuned.v2"
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a choice holds for. The lengths of the stages are no part of it: they weigh, but seldom turn, a choice."""
+    """What a choice holds for: device, model, and the parts of the recipe that decide what an iteration costs.
+
+    The lengths of the stages are no part of it: they weigh, but seldom turn, a choice.
+    """
 
     device: str  # in words, see `device_name`
     shape: dict[str, Any]  # the fields of a `ViTShape`
     precision: str  # see `SparseViT.precision`
     impl: str
     kept: tuple[int, ...]  # patches in each stage
+    stop_updates: bool  # of the strategy
+    priors: list[dict[str, Any]]  # as the recipe has them
     torch: str
 
 
@@ -45,10 +50,11 @@ class Tuned:
     attention: dict[int, str] = field(default_factory=dict)  # choice of `attention` by number of tokens
 
 
-def key_of(shape: ViTShape, stages: tuple[Stage, ...], device: torch.device, precision: str, impl: str) -> Key:
-    """The key of a schedule for a model on a device."""
-    kept = tuple(stage.kept for stage in stages)
-    return Key(device_name(device), asdict(shape), precision, impl, kept, torch.__version__)
+def key_of(shape: ViTShape, config: InversionConfig, device: torch.device, precision: str, impl: str) -> Key:
+    """The key of a recipe for a model on a device."""
+    kept = tuple(stage.kept for stage in config.stages(shape.grid.patches))
+    recipe = {"stop_updates": config.strategy.stop_updates, "priors": config.to_dict()["priors"]}
+    return Key(device_name(device), asdict(shape), precision, impl, kept, torch=torch.__version__, **recipe)
 
 
 def tuned_path() -> Path:

@@ -17,9 +17,8 @@ from rich.console import Console
 
 from smi_fast import SparseImages, load_model
 from smi_fast.cli import main
-from smi_fast.cli.options import parse_device, parse_dtype, parse_stops
 from smi_fast.cli.progress import BarProgress
-from smi_fast.engine.batches import even_batches
+from smi_fast.cli.recipe import parse_stops
 from smi_fast.images import Process
 from smi_fast.kernels.patch_cells import take_patches
 from smi_fast.schedule import plan_stages
@@ -59,7 +58,8 @@ def test_report(finished: Path) -> None:
     images = SparseImages.load(finished / "images.safetensors")
     assert {
         "images", "iterations", "sparsity", "stages", "seconds_compile", "seconds_run", "seconds_per_image",
-        "image_iterations_per_s", "flops", "peak_memory_bytes", "teacher_top1", "teacher_confidence", "config",
+        "image_iterations_per_s", "flops", "peak_memory_bytes", "teacher_top1", "teacher_confidence", "recipe",
+        "labels", "image_ids", "image_size", "processor",
         "model", "versions", "seed", "impl", "dtype", "device", "batch_size", "failed", "interrupted",
         "kernels", "kept_pixels", "batch_source",
     } == set(report)  # fmt: skip
@@ -78,7 +78,8 @@ def test_report(finished: Path) -> None:
     ]  # fmt: skip
     assert all(stage["seconds"] > 0 for stage in report["stages"])
     assert report["model"]["sha256"] == load_model("demo").info.sha256
-    assert (report["seed"], report["config"]["stops"]) == (4, [[2, 0.3], [4, 0.3]])
+    assert report["recipe"]["strategy"]["parameters"]["stops"] == [[2, 0.3], [4, 0.3]]
+    assert report["seed"] == report["recipe"]["seed"] == 4
     model = load_model("demo")
     logits, _ = model(images.pixels, images.keep)
     assert report["teacher_top1"] == pytest.approx(float((logits.argmax(1) == images.labels).float().mean()))
@@ -118,7 +119,7 @@ def test_overwrite(finished: Path, tmp_path: Path) -> None:
         (["--labels", "10"], "10"),
         (["--labels", "kat"], "kat"),
         (["--labels", ""], "label='': an empty label"),
-        (["--count", "0"], "--count 0: must be at least 1"),
+        (["--count", "0"], "--count 0: must be an integer of at least 1"),
         (["--checkpoint", "missing.safetensors"], "missing.safetensors"),
         (["--image-size", "30"], "30"),
         (["--stop", "6:0.3"], "must come before the last iteration"),
@@ -126,21 +127,31 @@ def test_overwrite(finished: Path, tmp_path: Path) -> None:
         (["--stop", "4:0.5"], "is named twice"),
         (["--stop", "3:0.3"], "stops must ascend"),
         (["--dense"], "--dense and --stop exclude each other"),
-        (["--preset", "papers"], "preset='papers'"),
-        (["--tv-weight", "nan"], "tv_weight=nan"),
-        (["--lr", "-1"], "lr=-1.0"),
-        (["--jitter", "2"], "jitter=2.0"),
-        (["--dtype", "int8"], "--dtype 'int8': must be one of fp32, bf16, fp8"),
-        (["--dtype", "fp8", "--device", "cpu"], "--dtype 'fp8': device 'cpu' has no fp8 units; use --dtype bf16"),
+        (["--strategy", "stops"], "stops=((2, 0.3), (4, 0.3)): is shorthand for a part of strategy"),
+        (["--strategy", "nothing"], "--strategy 'nothing': strategy 'nothing': is not registered; known: stops"),
+        (["--prior", "l2:wait=1"], "--prior 'l2:wait=1': prior 'l2': has no parameter wait; known: weight"),
+        (["--prior", "l2:weight"], "must be NAME or NAME:key=value,..."),
+        (["--prior", "l2", "--tv-weight", "1"], "--tv-weight 1.0: is shorthand for a part of priors"),
+        (["--plugin", "no.such.module"], "--plugin 'no.such.module': cannot be imported"),
+        (["--recipe", "missing.json"], "--recipe 'missing.json': no such file"),
+        (["--preset", "papers"], "--preset 'papers'"),
+        (["--tv-weight", "nan"], "--tv-weight nan"),
+        (["--lr", "-1"], "--lr -1.0"),
+        (["--jitter", "2"], "--jitter 2.0"),
+        (["--dtype", "int8"], "--dtype 'int8': must be one of auto, fp32, bf16, fp8"),
+        (["--dtype", "fp8", "--device", "cpu"], "--dtype 'fp8': device 'cpu' has no fp8 units; use bf16"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "gpu"], "gpu"),
         (["--impl", "fast"], "--impl 'fast'"),
         (["--batch-size", "0"], "--batch-size '0': must be 'auto', a number of at least 1"),
         (["--batch-size", "many"], "--batch-size 'many': must be 'auto'"),
         (["--batch-size", "4,"], "--batch-size '4,': must be 'auto'"),
-        (["--batch-size", "2,4"], "--batch-size '2,4': 2 numbers for 3 stages"),
-        (["--batch-size", "2,3,4"], "--batch-size '2,3,4': each must divide the largest, 4; 3 does not"),
-        (["--batch-size", "2,2,4", "--preset", "reference"], "--batch-size '2,2,4': preset 'reference' ties"),
+        (["--batch-size", "2,4"], "--batch-size (2, 4): 2 numbers for 3 stages"),
+        (["--batch-size", "2,3,4"], "--batch-size (2, 3, 4): each must divide the largest, 4; 3 does not"),
+        (
+            ["--batch-size", "2,2,4", "--preset", "reference"],
+            "--batch-size (2, 2, 4): all stages must have one batch",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -180,7 +191,7 @@ def test_show_of_nonsense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     run("plan", "--model", "deit_tiny_patch16_224", "--images", "1000", "--batch-size", "8")
     printed = capsys.readouterr().out
-    for expected in ("196", "137", "95", "66", "46", "300..3999", "0.765", "GiB", "an image"):
+    for expected in ("196", "137", "95", "66", "46", "300..3999", "0.765", "GiB", "per image"):
         assert expected in printed
     run("plan", "--images", "0", code=2)
     small = ("--iterations", "9", "--stop", "5:0.5", "--images", "48")
@@ -188,7 +199,7 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
     assert [row[5].strip() for row in rows] == ["12", "24"]
     run("plan", *small, "--batch-size", "5,24", code=2)
-    assert "--batch-size '5,24': each must divide the largest, 24; 5 does not" in capsys.readouterr().err
+    assert "--batch-size (5, 24): each must divide the largest, 24; 5 does not" in capsys.readouterr().err
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,22 +275,10 @@ def test_interrupt_before_the_first_batch(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("images", "limit", "batch"), [(1, 64, 1), (64, 64, 64), (65, 64, 33), (200, 64, 50), (10, 3, 3), (9, 4, 3)]
-)
-def test_even_batches(images: int, limit: int, batch: int) -> None:
-    assert even_batches(images, (limit, limit)) == (batch, batch)
-
-
-def test_options() -> None:
-    assert parse_stops(["5:0.5", "9:0.25"], False, 10) == ((5, 0.5), (9, 0.25))
-    assert parse_stops(None, True, 10) == ()
-    assert len(parse_stops(None, False, 301)) == 4
-    with pytest.raises(ValueError, match="--iterations 300: the default stops need more than 300"):
-        parse_stops(None, False, 300)
-    cpu = parse_device("cpu")
-    assert parse_dtype("auto", cpu) == torch.float32
-    assert parse_dtype("auto", torch.device("cuda")) == parse_dtype("bf16", cpu) == torch.bfloat16
+def test_stops() -> None:
+    assert parse_stops(["5:0.5", "9:0.25"], False) == ((5, 0.5), (9, 0.25))
+    assert parse_stops(None, True) == ()
+    assert parse_stops(None, False) is None
 
 
 def test_nan_weights_in_a_checkpoint(tmp_path: Path, capsys: Any) -> None:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from smi_fast import SparseImages
 from smi_fast.cli.distill import evaluator
-from smi_fast.distill import DistillConfig, build_student
+from smi_fast.distill import DistillConfig, Student, build_student
 from smi_fast.kernels.common.grid import Grid
-from smi_fast.model import ModelInfo
 from tests.cli.test_cli import run
 
 SMALL = ["--batch-size", "4", "--eval-every", "2", "--device", "cpu", "--quiet", "--no-tensorboard"]
@@ -35,9 +34,9 @@ class Real:
         return 6
 
     def batches(
-        self, info: ModelInfo, grid: Grid, batch_size: int, indices: Sequence[int] | None = None
+        self, model: Student, batch_size: int, indices: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        assert grid == Grid(32, 32, 4)
+        assert model.grid == Grid(32, 32, 4)
         assert self.labels is not None
         self.passes += 1
         rows = torch.tensor(range(6) if indices is None else indices)
@@ -118,10 +117,10 @@ def test_images_without_labels_or_of_other_classes(real: Real) -> None:
         (["--student", "vit_tinny"], "name='vit_tinny': neither"),
         (["--student-image-size", "64"], "teacher has 8 x 8 patches"),
         (["--student-image-size", "30"], "img_size=30"),
-        (["--mode", "both"], "mode='both'"),
-        (["--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["--mode", "both"], "--mode 'both'"),
+        (["--rounds", "0"], "--rounds 0: must be an integer of at least 1"),
         (["--limit", "0"], "--limit 0"),
-        (["--temperature", "0"], "temperature=0.0"),
+        (["--temperature", "0"], "--temperature 0.0"),
         (["--stop", "3:0.1"], "--dense and --stop exclude"),
         (["--images", "missing.safetensors"], "missing.safetensors"),
         (["--resume"], "--resume: there is no checkpoint"),

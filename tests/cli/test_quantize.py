@@ -108,20 +108,19 @@ class FakeImages:
         return 12
 
     def batches(
-        self, info: Any, grid: Grid, batch_size: int, indices: Sequence[int] | None = None
+        self, model: Any, batch_size: int, indices: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         draw = torch.Generator().manual_seed(0)
         assert self.labels is not None
         for rows in torch.tensor(list(range(12)) if indices is None else indices).split(batch_size):
-            yield torch.randn(len(rows), 3, grid.height, grid.width, generator=draw), self.labels[rows]
+            yield torch.randn(len(rows), 3, model.grid.height, model.grid.width, generator=draw), self.labels[rows]
 
 
 def top1(
-    run: Callable[[Tensor], Tensor], images: FakeImages, info: Any, grid: Grid, limit: int | None = None, **more: Any
+    run: Callable[[Tensor], Tensor], images: FakeImages, model: Any, limit: int | None = None, **more: Any
 ) -> float:
     right = [
-        (run(pixels).argmax(1) == labels).float()
-        for pixels, labels in images.batches(info, grid, 12, range(limit or 12))
+        (run(pixels).argmax(1) == labels).float() for pixels, labels in images.batches(model, 12, range(limit or 12))
     ]
     more["progress"](limit or 12)
     return float(torch.cat(right).mean())
@@ -154,12 +153,12 @@ def test_real_images(data: FakeImages, tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--weights", "9"), r"weight_bits=9: must be a whole number in 2\.\.8"),
-        (("--activations", "1"), "act_bits=1"),
-        (("--scheme", "int"), "scheme='int'"),
-        (("--observer", "max"), "observer='max'"),
-        (("--count", "0"), "count=0: must be at least 1"),
-        (("--limit", "0"), "--limit 0: must be at least 1"),
+        (("--weights", "9"), r"--weights 9: must be an integer in 2\.\.8"),
+        (("--activations", "1"), "--activations 1"),
+        (("--scheme", "int"), "--scheme 'int'"),
+        (("--observer", "max"), "--observer 'max'"),
+        (("--count", "0"), "--count 0: must be an integer of at least 1"),
+        (("--limit", "0"), "--limit 0: must be an integer of at least 1"),
         (("--calibrate", "nothing"), "--calibrate 'nothing': no such run; must be one, 'gaussian', or folder:PATH"),
         (("--calibrate", "cifar10:x", "--count", "13"), r"--count 13: must be in 1\.\.12"),
     ],
@@ -179,7 +178,7 @@ def test_bad_input(
 def test_bad_images(images: SparseImages, data: FakeImages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images.save(tmp_path / "few.safetensors")
     make_images(40, Grid(16, 24, 4)).save(tmp_path / "small.safetensors")
-    for name, told in (("few", "count=32: there are 5 images that were finished"), ("small", "images of Grid(")):
+    for name, told in (("few", "--count 32: there are 5 images that were finished"), ("small", "images of Grid(")):
         run("--calibrate", str(tmp_path / f"{name}.safetensors"), "--out", str(tmp_path / "out"), code=2)
         assert told in capsys.readouterr().err
     for name, value, told in (("num_classes", 7, "it has 7 classes"), ("labels", None, "have no labels")):

@@ -17,6 +17,7 @@ from smi_fast.datasets.folder import FolderImages
 from smi_fast.datasets.real_images import TensorImages
 from smi_fast.kernels.common.grid import Grid
 from smi_fast.model.spec import ModelInfo
+from tests.fakes import Takes
 
 INFO = ModelInfo("tiny", "0" * 64, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
 
@@ -102,7 +103,7 @@ def test_another_form_is_refused(spec: str) -> None:
 def test_pixels_are_resized_and_normalised() -> None:
     pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     images = TensorImages("x", pixels, torch.arange(5), ("a", "b", "c", "d", "e"))
-    (found, labels), _ = images.batches(INFO, Grid(12, 20, 4), 2, [3, 1, 0])
+    (found, labels), _ = images.batches(Takes(INFO, Grid(12, 20, 4)), 2, [3, 1, 0])
     exact = F.interpolate(pixels[[3, 1]].double() / 255, (12, 20), mode="bilinear")
     exact = (exact - torch.tensor(INFO.mean).view(3, 1, 1)) / torch.tensor(INFO.std).view(3, 1, 1)
     assert labels.tolist() == [3, 1]
@@ -112,7 +113,7 @@ def test_pixels_are_resized_and_normalised() -> None:
 def test_pixels_are_averaged_where_they_shrink() -> None:
     pixels = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     images = TensorImages("x", pixels, torch.zeros(1, dtype=torch.int64), ("a",))
-    ((found, _),) = images.batches(ModelInfo("x", "", (0, 0, 0), (1, 1, 1)), Grid(4, 4, 4), 1)
+    ((found, _),) = images.batches(Takes(ModelInfo("x", "", (0, 0, 0), (1, 1, 1)), Grid(4, 4, 4)), 1)
     exact = F.interpolate(pixels.double() / 255, (4, 4), mode="bilinear", antialias=True)
     assert (found - exact).abs().max() < 1e-5
 
@@ -129,7 +130,7 @@ def test_a_folder_a_class(tmp_path: Path) -> None:
     images = open_dataset(f"folder:{tmp_path}")
     assert images.labels is not None
     assert (images.labels.tolist(), images.num_classes) == ([0, 0, 1, 1, 2, 2], 3)
-    (pixels, labels), rest = images.batches(INFO, Grid(16, 16, 4), 4)
+    (pixels, labels), rest = images.batches(Takes(INFO, Grid(16, 16, 4)), 4)
     assert (pixels.shape, labels.tolist(), len(rest[1])) == ((4, 3, 16, 16), [0, 0, 1, 1], 2)
     assert rest[1].tolist() == [2, 2]
     for label, image in zip(labels.tolist(), pixels, strict=True):
@@ -149,7 +150,7 @@ def test_what_lies_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(images, FolderImages)
     assert images.class_names == ("class0", "class1")
     assert [path.name for path in images.paths] == ["0.png", "1.png", "glass.png", "grey.png", "0.png", "1.png"]
-    ((pixels, labels),) = images.batches(INFO, Grid(16, 16, 4), 6)
+    ((pixels, labels),) = images.batches(Takes(INFO, Grid(16, 16, 4)), 6)
     assert (pixels.shape, labels.tolist()) == ((6, 3, 16, 16), [0, 0, 0, 0, 1, 1])
 
 
@@ -171,7 +172,7 @@ def test_pictures_are_transformed_as_timm_evaluates(tmp_path: Path) -> None:
         cfg.input_size, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct, mean=cfg.mean, std=cfg.std
     )
     info = ModelInfo("deit_tiny_patch16_224", "", cfg.mean, cfg.std)
-    ((pixels, labels),) = open_dataset(f"folder:{tmp_path}").batches(info, Grid(224, 224, 16), 4)
+    ((pixels, labels),) = open_dataset(f"folder:{tmp_path}").batches(Takes(info, Grid(224, 224, 16)), 4)
     assert labels.tolist() == [-1]
     assert (pixels[0] - transform(Image.fromarray(draw))).abs().max() < 1e-5
 
@@ -186,34 +187,34 @@ def test_bad_folders(tmp_path: Path) -> None:
         open_dataset(f"imagenet:{tmp_path}")
     (tmp_path / "val" / "class0" / "0.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"0\.png' cannot be read"):
-        next(open_dataset(f"folder:{tmp_path / 'val'}").batches(INFO, Grid(16, 16, 4), 4))
+        next(open_dataset(f"folder:{tmp_path / 'val'}").batches(Takes(INFO, Grid(16, 16, 4)), 4))
 
 
 def test_accuracy_counts_hits() -> None:
     labels = torch.arange(10) % 5
     pixels = labels.view(10, 1, 1, 1).expand(10, 3, 8, 8).to(torch.uint8) * 50
     images = TensorImages("x", pixels, labels, tuple("abcde"))
-    grid, seen = Grid(8, 8, 4), []
+    model, seen = Takes(INFO, Grid(8, 8, 4)), []
 
     def run(batch: torch.Tensor) -> torch.Tensor:
         value = (batch[:, 0, 0, 0] * INFO.std[0] + INFO.mean[0]) * 255 / 50
         guess = value.round().long()
         return F.one_hot(torch.where(guess == 4, 0, guess), 5).float()
 
-    assert top1(run, images, INFO, grid, batch_size=4, progress=seen.append) == pytest.approx(0.8)
+    assert top1(run, images, model, batch_size=4, progress=seen.append) == pytest.approx(0.8)
     assert seen == [4, 8, 10]
-    assert top1(run, images, INFO, grid, limit=5) == pytest.approx(0.8)  # labels 0, 2, 4, 1, 3, of which 4 is missed
-    assert top1(run, images, INFO, grid, limit=6) == 1  # labels 0, 1, 3, 0, 1, 3: evenly spread, without a 4
+    assert top1(run, images, model, limit=5) == pytest.approx(0.8)  # labels 0, 2, 4, 1, 3, of which 4 is missed
+    assert top1(run, images, model, limit=6) == 1  # labels 0, 1, 3, 0, 1, 3: evenly spread, without a 4
 
 
 def test_accuracy_refuses(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     flat = open_dataset(f"folder:{tmp_path}")
     with pytest.raises(ValueError, match="has no labels"):
-        top1(lambda x: x, flat, INFO, Grid(8, 8, 4))
+        top1(lambda x: x, flat, Takes(INFO, Grid(8, 8, 4)))
     images = TensorImages("x", torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("a",))
     with pytest.raises(ValueError, match="limit=0"):
-        top1(lambda x: x, images, INFO, Grid(8, 8, 4), limit=0)
+        top1(lambda x: x, images, Takes(INFO, Grid(8, 8, 4)), limit=0)
 
 
 def test_random_indices() -> None:

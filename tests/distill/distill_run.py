@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smi_fast.distill import Alternating, DistillConfig, ImageSet, RunFolder, Student, Trainer
+from smi_fast.distill import Alternating, DistillConfig, ImageSet, Pair, RunFolder, Student, Trainer
 from smi_fast.images import SparseImages
 from smi_fast.kernels.common.grid import Grid
 from smi_fast.model.from_timm import from_timm
@@ -52,7 +52,7 @@ def trainer(source: Any = None, folder: RunFolder | None = None, **options: Any)
     """Over a pool that grows, whose bound cuts a round in two."""
     teacher, student = from_timm(build_vit(), TEACHER), Student(build_vit(**SMALLER), STUDENT)
     settings = config(**({"mode": "finetune", "pool": 15} | options))
-    return Trainer(teacher, student, settings, source or alternating(), evaluate=evaluate, folder=folder)
+    return Trainer(Pair(teacher, student), settings, source or alternating(), evaluate=evaluate, folder=folder)
 
 
 def image_set(images: int = 10, kept: int | None = 5) -> ImageSet:

@@ -14,13 +14,14 @@ from smi_fast.distill.config import DistillConfig
 from smi_fast.distill.loss import distillation_loss
 from smi_fast.distill.pool import ImageSet, Known, Pool, draw, mirror
 from smi_fast.distill.resize import for_student
-from smi_fast.distill.student import Student, build_student, probe_features
+from smi_fast.distill.student import Student, StudentWeights, build_student, probe_features
 from smi_fast.kernels.common.grid import Grid
 from smi_fast.kernels.patch_mask import patch_mask
 from smi_fast.model.from_timm import from_timm
 from smi_fast.model.spec import ModelInfo
 from smi_fast.storage.files import save_tensors
 from tests.conftest import build_vit
+from tests.fakes import Takes
 
 TEACHER = ModelInfo("teacher", "0" * 64, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
 STUDENT = ModelInfo("student", "1" * 64, (0.48, 0.45, 0.4), (0.23, 0.22, 0.21))
@@ -43,7 +44,7 @@ def test_dropped_pixels_reach_no_kept_one(to: Grid) -> None:
     pixels, keep = torch.randn(3, 3, 24, 32), random_keep(3, 5, SMALL.patches)
     dropped, kept = ~patch_mask(keep, SMALL)[:, None], patch_mask(keep, to)[:, None].expand(-1, 3, -1, -1)
     other = torch.where(dropped, torch.inf, pixels)
-    results = [for_student(x, keep, (TEACHER, SMALL), (STUDENT, to)) for x in (pixels, other)]
+    results = [for_student(x, keep, Takes(TEACHER, SMALL), Takes(STUDENT, to)) for x in (pixels, other)]
     assert torch.equal(results[0][kept], results[1][kept])
     assert results[0][kept].isfinite().all()
 
@@ -60,20 +61,20 @@ def test_dense_images_are_resized_as_torch_does(to: Grid, named: bool) -> None:
     colours = F.interpolate(
         pixels * std + mean, (to.height, to.width), mode="bilinear", align_corners=False, antialias=to.height < 24
     )
-    result = for_student(pixels, keep, (TEACHER, SMALL), (STUDENT, to))
+    result = for_student(pixels, keep, Takes(TEACHER, SMALL), Takes(STUDENT, to))
     torch.testing.assert_close(result, (colours - to_mean) / to_std, rtol=0, atol=1e-12)
 
 
 def test_a_constant_stays_one_wherever_patches_were_dropped() -> None:
     keep, to = random_keep(4, 3, SMALL.patches), GRIDS[0]
-    result = for_student(torch.full((4, 3, 24, 32), 0.7), keep, (TEACHER, SMALL), (TEACHER, to))
+    result = for_student(torch.full((4, 3, 24, 32), 0.7), keep, Takes(TEACHER, SMALL), Takes(TEACHER, to))
     kept = result[patch_mask(keep, to)[:, None].expand(-1, 3, -1, -1)]
     torch.testing.assert_close(kept, torch.full_like(kept, 0.7), rtol=1e-6, atol=0)
 
 
 def test_other_grids_are_refused() -> None:
     with pytest.raises(ValueError, match=r"teacher has 3 x 4 patches .* student 4 x 4 "):
-        for_student(torch.zeros(1, 3, 24, 32), None, (TEACHER, SMALL), (STUDENT, Grid(32, 32, 8)))
+        for_student(torch.zeros(1, 3, 24, 32), None, Takes(TEACHER, SMALL), Takes(STUDENT, Grid(32, 32, 8)))
 
 
 # --- students ---
@@ -119,14 +120,14 @@ def test_state_dict_has_no_trace_of_kept_patches() -> None:
 
 @pytest.fixture(scope="module")
 def scratch(one_thread: None) -> Student:
-    return build_student("demo", 10, seed=3)
+    return build_student("demo", 10, weights=StudentWeights(seed=3))
 
 
 def test_a_backbone_gets_a_new_head_and_keeps_its_weights(scratch: Student, tmp_path: Path) -> None:
     path = tmp_path / "backbone.safetensors"
     state = {name: tensor for name, tensor in scratch.vit.state_dict().items() if not name.startswith("head.")}
     save_tensors(path, "test/1", state, {}, overwrite=False)
-    built = build_student("demo", 4, checkpoint=path, seed=5)
+    built = build_student("demo", 4, weights=StudentWeights(path, seed=5))
     assert built.vit.head.weight.shape == (4, 192)
     assert all(torch.equal(built.vit.state_dict()[name], tensor) for name, tensor in state.items())
 
@@ -134,14 +135,14 @@ def test_a_backbone_gets_a_new_head_and_keeps_its_weights(scratch: Student, tmp_
 def test_new_head_replaces_that_of_the_checkpoint(scratch: Student, tmp_path: Path) -> None:
     path = tmp_path / "whole.safetensors"
     save_tensors(path, "test/1", scratch.vit.state_dict(), {}, overwrite=False)
-    heads = [build_student("demo", 10, checkpoint=path, new_head=new, seed=4).vit.head.weight for new in (True, False)]
-    assert [torch.equal(head, scratch.vit.head.weight) for head in heads] == [False, True]
+    heads = [build_student("demo", 10, weights=StudentWeights(path, new_head=new)).vit.head for new in (True, False)]
+    assert [torch.equal(head.weight, scratch.vit.head.weight) for head in heads] == [False, True]
     with pytest.raises(ValueError, match=r"head.weight is \(10, 192\), the model's is \(4, 192\)"):
-        build_student("demo", 4, checkpoint=path)
+        build_student("demo", 4, weights=StudentWeights(path))
 
 
 def test_weights_from_scratch_hang_on_the_seed(scratch: Student) -> None:
-    again, other = build_student("demo", 10, seed=3), build_student("demo", 10, seed=4)
+    again, other = (build_student("demo", 10, weights=StudentWeights(seed=seed)) for seed in (3, 4))
     assert again.info.sha256 == scratch.info.sha256 != other.info.sha256
 
 
@@ -152,13 +153,18 @@ def test_weights_from_scratch_hang_on_the_seed(scratch: Student) -> None:
         ("resnet18", {}, "it is a ResNet"),
         ("deit_tiny_distilled_patch16_224", {}, "it has two heads"),
         ("demo", {"img_size": 30}, "img_size=30"),
-        ("demo", {"pretrained": True}, "pretrained=True"),
+        ("demo", {"weights": StudentWeights(pretrained=True)}, "pretrained=True and name='demo'"),
         ("demo", {"num_classes": 0}, "num_classes=0"),
     ],
 )
 def test_students_that_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_student(name, **({"num_classes": 10} | options))
+
+
+def test_one_source_of_weights() -> None:
+    with pytest.raises(ValueError, match=r"pretrained=True and checkpoint='a\.pth': give one source"):
+        StudentWeights("a.pth", pretrained=True)
 
 
 # --- pool ---

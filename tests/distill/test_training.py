@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from smi_fast.distill import Alternating, DistillConfig, ImageSet, RunFolder, Student, Trainer, build_student
+from smi_fast.distill import Alternating, DistillConfig, ImageSet, Pair, RunFolder, Student, Trainer, build_student
 from smi_fast.distill.curves import CurveRow, read_curve, write_curve
 from smi_fast.distill.pool import draw
 from smi_fast.images import SparseImages
@@ -105,10 +105,8 @@ def timm_student(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> 
     student = build_student("vit_tiny_patch16_224", 5, img_size=32)
     images = ImageSet(torch.randn(6, 3, 32, 32), torch.tensor([[0, 2]] * 6))
     settings = DistillConfig(steps=2, batch_size=2, eval_every=1, mode="probe")
-    accuracies = iter([0.5, 0.25])
-    Trainer(
-        teacher, student, settings, images, evaluate=lambda _: next(accuracies), folder=RunFolder(out, tensorboard=True)
-    ).run()
+    accuracies, folder = iter([0.5, 0.25]), RunFolder(out, tensorboard=True)
+    Trainer(Pair(teacher, student), settings, images, evaluate=lambda _: next(accuracies), folder=folder).run()
     return out, student
 
 
@@ -174,13 +172,9 @@ def with_rows(images: SparseImages, **values: int) -> SparseImages:
     ids=["classes", "grid", "pixels", "keep", "images", "labels", "failed", "empty"],
 )
 def test_what_does_not_fit_is_refused(teacher: Any, student: Any, images: Any, message: str) -> None:
+    vit, learner = from_timm(build_vit(**teacher), TEACHER), Student(build_vit(**(SMALLER | student)), STUDENT)
     with pytest.raises(ValueError, match=message):
-        Trainer(
-            from_timm(build_vit(**teacher), TEACHER),
-            Student(build_vit(**(SMALLER | student)), STUDENT),
-            config(),
-            images,
-        )
+        Trainer(Pair(vit, learner), config(), images)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training() -> None:

@@ -1,5 +1,6 @@
 """Batches of each stage, runners and captures: how the work is cut up changes no image."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,16 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import smi_fast.engine.runner as runner_module
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Bucket, Inverter, Progress
-from smi_fast.engine.batches import even_batches, halved, lowered
-from smi_fast.engine.compiler import why_not_compile
-from smi_fast.engine.graphs import UNROLLED
-from smi_fast.engine.rows import load_rows, store_rows, take_rows
-from smi_fast.engine.runner import Runner
-from smi_fast.engine.state import State, new_state, stop_patches
+from smi_fast.engine.batches import Batches, Group, halved
+from smi_fast.engine.runner import UNROLLED, Runner
+from smi_fast.engine.state import State
 from smi_fast.engine.step import build_step
 from smi_fast.images import SparseImages
 from smi_fast.model.sparse_vit import SparseViT
-from smi_fast.priors import priors_of
+from smi_fast.storage.inductor import why_not_compile
+from tests.states import fresh
 
 MakeModel = Callable[..., SparseViT]
 CONFIG = InversionConfig(iterations=9, stops=((3, 0.3), (6, 0.4)), jitter=0.3, seed=5)
@@ -31,6 +30,11 @@ LABELS = [0, 1, 2, 3, 4, 0, 1]
 
 def invert(model: SparseViT, labels: list[int] = LABELS, **options: Any) -> SparseImages:
     return Inverter(model, CONFIG, **({"impl": "eager"} | options))(labels)
+
+
+def with_preset(preset: Any, **options: Any) -> InversionConfig:
+    """`CONFIG` under a preset."""
+    return InversionConfig(iterations=9, stops=((3, 0.3), (6, 0.4)), jitter=0.3, seed=5, preset=preset, **options)
 
 
 def assert_same(one: SparseImages, other: SparseImages) -> None:
@@ -52,38 +56,48 @@ def test_each_stage_runs_on_its_own_batch(make_model: MakeModel) -> None:
         def stage_started(self, index: int, stage: Any, first: int, images: int) -> None:
             seen.append((index, first, images))
 
-    inverter = Inverter(make_model(), CONFIG, batch_size=(2, 4, 8), impl="eager", progress=Watch())
+    inverter = Inverter(make_model(), CONFIG, batch_size=(2, 4, 8), impl="eager")
+    inverter.progress = Watch()
     inverter([0, 1, 2, 3, 4, 0, 1, 2, 3])
     assert inverter.stats.seconds_compile == 0, "nothing is compiled"
-    assert inverter.buckets.met == {Bucket(2, 12), Bucket(4, 8), Bucket(8, 4)}
+    assert inverter.runners.met == {Bucket(2, 12), Bucket(4, 8), Bucket(8, 4)}
     first = [(0, 0, 2), (0, 2, 2), (0, 4, 2), (0, 6, 2), (1, 0, 4), (1, 4, 4), (2, 0, 8)]
     assert seen == [*first, (0, 0, 1), (1, 0, 1), (2, 0, 1)], "batches that only fill up are left out"
 
 
-@given(st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=5), st.integers(1, 40))
-def test_even_batches(sizes: list[int], images: int) -> None:
-    limits = tuple(size for size in sizes if max(sizes) % size == 0)
-    batches = even_batches(images, limits)
-    group = max(batches)
-    assert all(1 <= batch <= limit and group % batch == 0 for batch, limit in zip(batches, limits, strict=True))
-    assert -(-images // group) == -(-images // max(limits)), "no more groups than full ones"
-    if images % max(limits) == 0:
-        assert batches == limits
+SIZES = st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=5)
 
 
-@given(st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=5), st.data())
-def test_lowered_batches_still_divide_the_largest(sizes: list[int], data: st.DataObject) -> None:
+def group_of(images: int, index: int) -> Group:
+    return Group(index, [0] * images, list(range(images)), threading.Event())
+
+
+@given(SIZES, st.integers(1, 12), st.integers(0, 1), st.data())
+def test_a_group_is_cut_into_batches_that_fit(sizes: list[int], images: int, index: int, data: st.DataObject) -> None:
     limits = tuple(size for size in sizes if max(sizes) % size == 0)
-    stage = data.draw(st.integers(0, len(limits) - 1))
-    smaller = halved(limits[stage])
-    if smaller == 0:
-        assert limits[stage] == 1
-        return
-    assert limits[stage] % smaller == 0
-    assert 2 * smaller <= limits[stage]
-    after = lowered(limits, stage, smaller)
-    assert all(max(after) % batch == 0 and batch <= limit for batch, limit in zip(after, limits, strict=True))
-    assert after[stage] <= smaller
+    images = min(images, max(limits))
+    batches = Batches(limits, coupled=False)
+    for _ in range(data.draw(st.integers(0, 3))):  # memory runs out a few times
+        stage = data.draw(st.integers(0, len(limits) - 1))
+        if batches.limits[stage] > 1:
+            before = batches.limits[stage]
+            assert 2 * batches.lower(stage, before) <= before
+            assert batches.limits[stage] < before
+    assert batches.group_size == max(limits), "how many images a group has never changes"
+    size, cut = batches.of(group_of(images, index))
+    assert size >= images
+    assert all(size % batch == 0 and 1 <= batch <= limit for batch, limit in zip(cut, batches.limits, strict=True))
+    if index:
+        assert (size, tuple(cut)) == (max(limits), batches.limits)
+
+
+def test_coupled_images_are_one_batch_and_never_filled_up() -> None:
+    assert Batches((8, 8), coupled=True).of(group_of(5, 2)) == (5, [5, 5])
+
+
+@pytest.mark.parametrize(("batch", "smaller"), [(8, 4), (9, 3), (7, 1), (1, 0)])
+def test_halved(batch: int, smaller: int) -> None:
+    assert halved(batch) == smaller
 
 
 @pytest.mark.parametrize(
@@ -92,13 +106,13 @@ def test_lowered_batches_still_divide_the_largest(sizes: list[int], data: st.Dat
         ((2, 4), "paper", r"batch_size=\(2, 4\): 2 numbers for 3 stages"),
         ((2, 3, 4), "paper", r"each must divide the largest, 4; 3 does not"),
         ((2, 0, 4), "paper", "must be an integer of at least 1, or one for each stage"),
-        ((2, 2, 4), "reference", "preset 'reference' ties batch-mates"),
+        ((2, 2, 4), "reference", "images depend on their batch-mates here, because of loss='mean'"),
         ("222", "paper", "must be an integer"),
     ],
 )
 def test_batches_refused(make_model: MakeModel, batch_size: Any, preset: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Inverter(make_model(), replace(CONFIG, preset=preset), batch_size=batch_size, impl="eager")
+        Inverter(make_model(), with_preset(preset), batch_size=batch_size, impl="eager")
 
 
 def refuse_above(limit: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,10 +140,12 @@ def test_out_of_memory_steps_down_and_loses_nothing(make_model: MakeModel, monke
     model = make_model()
     whole = invert(model, batch_size=8)
     refuse_above(2, 8, monkeypatch)
-    inverter = Inverter(model, CONFIG, batch_size=8, impl="eager", progress=Told())
+    inverter = Inverter(model, CONFIG, batch_size=8, impl="eager")
+    inverter.progress = Told()
     assert_same(inverter([*LABELS, 3, 4])[torch.arange(7)], whole)
     assert told == [(1, 8, 4), (1, 4, 2)]
     assert inverter.batches == (8, 2, 8)
+    assert_same(inverter(LABELS), whole)
     with pytest.warns(UserWarning, match="stage 2: out of device memory at a batch of 4, going on with 2"):
         invert(model, [0, 1, 2, 3], batch_size=4)
 
@@ -143,13 +159,13 @@ def test_out_of_memory_ends_at_one_image(make_model: MakeModel, monkeypatch: pyt
 def test_reference_does_not_step_down(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_above(1, 8, monkeypatch)
     with pytest.raises(MemoryError, match="batch_size=2; a smaller batch"):
-        Inverter(make_model(), replace(CONFIG, preset="reference"), batch_size=2, impl="eager")([0, 1])
+        Inverter(make_model(), with_preset("reference"), batch_size=2, impl="eager")([0, 1])
 
 
 def begun(model: SparseViT, config: InversionConfig = CONFIG) -> State:
-    state = new_state(model, config, [0, 1, 2, 3], [5, 6, 7, 8], len(priors_of(config)))
+    state = fresh(model, config, [0, 1, 2, 3], [5, 6, 7, 8])
     with torch.no_grad():
-        build_step(model, config, priors_of(config))(state)
+        build_step(model, config)(state)
     return state
 
 
@@ -157,21 +173,21 @@ def test_rows_go_and_come_back(make_model: MakeModel) -> None:
     state = begun(make_model())
     state.spare = state.canvas.clone()
     before = state.clone()
-    rows = take_rows(state, 1, 2)
+    rows = state.rows(1, 2)
     assert torch.equal(rows.canvas, state.canvas[1:3])
     assert torch.equal(rows.jitter, state.jitter[1:3])
-    target = take_rows(state, 0, 2)
+    target = state.rows(0, 2)
     pointer = target.canvas.data_ptr()
-    load_rows(target, state, 1)
+    target.load_rows(state, 1)
     assert target.canvas.data_ptr() == pointer
     for one, other in zip(target.tensors(), rows.tensors(), strict=True):
         assert torch.equal(one, other)
-    for tensor in (rows.canvas, rows.first, rows.second, rows.losses, rows.scores):
+    for tensor in (rows.canvas, rows.exp_avg, rows.exp_avg_sq, rows.losses, rows.scores):
         tensor.add_(1)
     rows.failed_at.fill_(3)
     assert torch.equal(state.canvas, before.canvas), "rows are copies"
-    store_rows(state, rows, 1)
-    for name in ("canvas", "spare", "first", "second", "losses", "scores"):
+    rows.store_rows(state, 1)
+    for name in ("canvas", "spare", "exp_avg", "exp_avg_sq", "losses", "scores"):
         value, old = getattr(state, name), getattr(before, name)
         assert torch.equal(value[1:3], old[1:3] + 1), name
         assert torch.equal(value[[0, 3]], old[[0, 3]]), name
@@ -183,7 +199,7 @@ def swapping_step(state: State) -> None:
     assert state.spare is not None
     state.spare.copy_(2 * state.canvas + state.iteration)
     state.iteration.add_(1)
-    state.canvas, state.spare = state.spare, state.canvas
+    state.turn()
 
 
 def fake_capture(step: Callable[[State], None], state: State, pool: Any) -> Callable[[], None]:
@@ -208,7 +224,7 @@ def test_a_runner_with_captures(make_model: MakeModel, monkeypatch: pytest.Monke
     want = group.clone()
     for _ in range(total):
         swapping_step(want)
-    runner = Runner(swapping_step, take_rows(group, 0, 2), object())
+    runner = Runner(swapping_step, group.rows(0, 2), object())
     for start in (0, 2, 0):  # whatever the canvases did, the next images find them in place
         state = group.clone()
         runner.load(state, start)
@@ -245,16 +261,16 @@ class NoHost(TorchDispatchMode):
 
 @pytest.mark.parametrize("preset", ["paper", "reference"])
 def test_nothing_between_start_and_end_waits(make_model: MakeModel, preset: Any) -> None:
-    model, config = make_model(torch.float32), replace(CONFIG, preset=preset, l2_weight=0.1)
+    model, config = make_model(torch.float32), with_preset(preset, l2_weight=0.1)
     state = begun(model, config)
-    step = build_step(model, config, priors_of(config))
+    step = build_step(model, config)
     with torch.no_grad(), NoHost():
         runner = Runner(step, state, None)
         runner.load(state, 0)
         for _ in range(2):
             runner.advance(2)
         runner.store(state, 0)
-        state = stop_patches(state, 8, config.rules.stop_updates)
+        state = state.stopped(config.strategy, 8, 3)
         step(state)
     with pytest.raises(AssertionError, match="makes the host wait"), NoHost():
         float(state.losses.sum())

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,18 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-import smi_fast.engine.buckets as buckets_module
 import smi_fast.engine.inverter as inverter_module
+import smi_fast.engine.runner as runner_module
+import smi_fast.tuning.settings as settings_module
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Inverter, Progress, Snapshots
 from smi_fast.engine.compiler import compile_step
-from smi_fast.engine.snapshots import default_iterations
+from smi_fast.engine.observe import default_iterations
+from smi_fast.engine.randomness import jitter_table, start_canvas
 from smi_fast.engine.state import learning_rates, rate_table
-from smi_fast.engine.streams import jitter_table, start_canvas, still_iterations
 from smi_fast.images import SparseImages
 from smi_fast.kernels.patch_cells import take_patches
+from smi_fast.method.view import View
 from smi_fast.model.sparse_vit import SparseViT
-from smi_fast.priors import View, priors_of
+from smi_fast.model.spec import Needs
+from smi_fast.plugins import register
 
 MakeModel = Callable[..., SparseViT]
 CONFIG = InversionConfig(iterations=9, stops=((3, 0.3), (6, 0.4)), jitter=0.3, seed=5)
@@ -30,7 +33,11 @@ CONFIG = InversionConfig(iterations=9, stops=((3, 0.3), (6, 0.4)), jitter=0.3, s
 
 def invert(model: SparseViT, labels: list[int], config: InversionConfig = CONFIG, **options: Any) -> SparseImages:
     ids = options.pop("image_ids", None)
-    return Inverter(model, config, impl="eager", **options)(labels, ids)
+    watching = {name: options.pop(name) for name in ("progress", "snapshots") if name in options}
+    inverter = Inverter(model, config, impl="eager", **options)
+    for name, value in watching.items():
+        setattr(inverter, name, value)
+    return inverter(labels, ids)
 
 
 def assert_same(one: SparseImages, other: SparseImages, atol: float = 0.0) -> None:
@@ -54,7 +61,7 @@ def test_a_short_last_batch_is_filled_up(make_model: MakeModel) -> None:
     model = make_model()
     whole, inverter = invert(model, [0, 1, 2, 3, 4], batch_size=5), Inverter(model, CONFIG, batch_size=2, impl="eager")
     cut = inverter([0, 1, 2, 3, 4])
-    assert {bucket.batch for bucket in inverter.buckets.met} == {2}
+    assert {bucket.batch for bucket in inverter.runners.met} == {2}
     assert len(cut) == 5
     assert cut.image_ids.tolist() == [0, 1, 2, 3, 4]
     assert_same(whole, cut, atol=1e-6)
@@ -64,7 +71,7 @@ def test_reference_leaves_the_last_batch_short(make_model: MakeModel) -> None:
     config = InversionConfig(iterations=3, stops=(), preset="reference")
     inverter = Inverter(make_model(), config, batch_size=2, impl="eager")
     assert len(inverter([0, 1, 2])) == 3
-    assert {bucket.batch for bucket in inverter.buckets.met} == {1, 2}
+    assert {bucket.batch for bucket in inverter.runners.met} == {1, 2}
 
 
 def test_result_is_that_of_the_model_on_kept_tokens(make_model: MakeModel) -> None:
@@ -108,6 +115,7 @@ def test_pixels_stay_in_the_range_of_colours(make_model: MakeModel) -> None:
     assert (colours < 1e-6).any(), "a rate of 3 reaches the limits"
 
 
+@register("prior", "test_faulty")
 @dataclass(frozen=True)
 class Faulty:
     """Not a number for one label, from one iteration on."""
@@ -115,7 +123,6 @@ class Faulty:
     label: int
     iteration: int
     weight: float = 1.0
-    name: str = "faulty"
 
     def __call__(self, view: View) -> Tensor:
         bad = (view.labels == self.label) & (view.iteration >= self.iteration)
@@ -133,7 +140,8 @@ def test_a_nan_stops_that_image_alone(make_model: MakeModel, iteration: int) -> 
 
     model, told = make_model(), Told()
     whole = invert(model, [0, 1, 2])
-    hurt = invert(model, [0, 1, 2], priors=(*priors_of(CONFIG), Faulty(1, iteration)), progress=told)
+    config = replace(CONFIG, priors=(*CONFIG.priors, Faulty(1, iteration)))
+    hurt = invert(model, [0, 1, 2], config, progress=told)
     assert told.failures == [(1, iteration)]
     assert hurt.failed_at.tolist() == [-1, iteration, -1]
     assert hurt.pixels.isfinite().all()
@@ -143,22 +151,28 @@ def test_a_nan_stops_that_image_alone(make_model: MakeModel, iteration: int) -> 
         assert torch.equal(hurt.pixels[1], start_canvas(5, [1], model.grid)[0])
 
 
+@register("prior", "test_quiet")
+@dataclass(frozen=True)
+class Quiet:
+    """Small features and small windows."""
+
+    weight: float = 10.0
+    needs = Needs(features=(0,))
+
+    def __call__(self, view: View) -> Tensor:
+        assert set(view.output.features) == {0}, "what is asked for, and no more"
+        return view.output.features[0].square().mean((1, 2)) + view.windows.square().mean((1, 2))
+
+
 def test_a_prior_may_look_at_features_and_windows(make_model: MakeModel) -> None:
-    @dataclass(frozen=True)
-    class Quiet:
-        weight: float = 10.0
-        name: str = "quiet"
-
-        def __call__(self, view: View) -> Tensor:
-            return view.output.features[0].square().mean((1, 2)) + view.windows.square().mean((1, 2))
-
     model = make_model()
     config = InversionConfig(iterations=30, stops=(), lr=0.02)
 
     def energy(images: SparseImages) -> float:
         return float(images.pixels.square().mean())
 
-    assert energy(invert(model, [0, 1], config, priors=(Quiet(),))) < 0.9 * energy(invert(model, [0, 1], config))
+    quiet = replace(config, priors=(Quiet(),))
+    assert energy(invert(model, [0, 1], quiet)) < 0.9 * energy(invert(model, [0, 1], config))
 
 
 def test_stream_yields_while_the_next_batch_is_in_work(make_model: MakeModel) -> None:
@@ -171,7 +185,9 @@ def test_stream_yields_while_the_next_batch_is_in_work(make_model: MakeModel) ->
             if index == 1:
                 second_began.set()
 
-    stream = Inverter(make_model(), CONFIG, batch_size=2, impl="eager", progress=Watch()).stream(iter([0, 1, 2, 3]))
+    inverter = Inverter(make_model(), CONFIG, batch_size=2, impl="eager")
+    inverter.progress = Watch()
+    stream = inverter.stream(iter([0, 1, 2, 3]))
     first = next(stream)
     assert first.labels.tolist() == [0, 1]
     assert second_began.wait(10)
@@ -192,7 +208,7 @@ def test_closing_a_stream_ends_the_work(make_model: MakeModel) -> None:
                 raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        next(Inverter(make_model(), config, impl="eager", progress=First()).stream([0]))
+        invert(make_model(), [0], config, progress=First())
 
     endless = Inverter(make_model(), InversionConfig(iterations=50, stops=()), batch_size=1, impl="eager")
     stream = endless.stream(iter(lambda: 1, 0))  # never runs out
@@ -223,10 +239,10 @@ def test_jitter_table(make_model: MakeModel) -> None:
     assert [int(table[..., axis].max()) for axis in range(3)] == [3, 4, 1]
     assert table[..., :2].double().mean().abs() < 0.1
     assert 0.45 < table[..., 2].double().mean() < 0.55
-    longer = jitter_table(InversionConfig(iterations=4100, stops=config.stops), [3, 4], make_model().grid)
+    longer = jitter_table(InversionConfig(iterations=4100, stops=config.strategy.stops), [3, 4], make_model().grid)
     assert torch.equal(longer[:, :4000], table), "a longer run begins like a shorter one"
     reference = InversionConfig(stops=((50, 0.3),), preset="reference")
-    assert still_iterations(reference) == {49, 50}
+    assert reference.strategy.still_iterations(4000) == {49, 50}
 
 
 def test_rates() -> None:
@@ -238,8 +254,8 @@ def test_rates() -> None:
 
 
 def test_one_graph_a_bucket_and_no_break(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inverter_module, "why_not_compile", lambda device: None)
-    monkeypatch.setattr(buckets_module, "compile_step", lambda step, state: compile_step(step, state, "aot_eager"))
+    monkeypatch.setattr(settings_module, "why_not_compile", lambda device: None)
+    monkeypatch.setattr(runner_module, "compile_step", lambda step, state: compile_step(step, state, "aot_eager"))
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -256,7 +272,7 @@ def test_one_graph_a_bucket_and_no_break(make_model: MakeModel, monkeypatch: pyt
 
 
 def test_without_a_compiler_it_says_so_and_runs_eager(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inverter_module, "why_not_compile", lambda device: "no C++ compiler")
+    monkeypatch.setattr(settings_module, "why_not_compile", lambda device: "no C++ compiler")
     with pytest.warns(UserWarning, match="running eager: no C\\+\\+ compiler"):
         inverter = Inverter(make_model(), CONFIG, impl="compiled")
     assert inverter.impl == "eager"
@@ -265,8 +281,8 @@ def test_without_a_compiler_it_says_so_and_runs_eager(make_model: MakeModel, mon
 
 def test_snapshots(make_model: MakeModel) -> None:
     model = make_model()
-    assert default_iterations(CONFIG, columns=6) == [0, 3, 6, 7, 8, 9]
-    snapshots = Snapshots(model, default_iterations(CONFIG, 6), rows=2)
+    assert default_iterations(CONFIG.stages(12), columns=6) == [0, 3, 6, 7, 8, 9]
+    snapshots = Snapshots(model, default_iterations(CONFIG.stages(12), 6), rows=2)
     images = invert(model, [0, 1, 2], snapshots=snapshots)
     process = snapshots.process()
     assert process.iterations == (0, 3, 6, 7, 8, 9)

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smi_fast.config import InversionConfig
-from smi_fast.engine.compiler import compile_step, trace_step, why_not_compile
-from smi_fast.engine.state import State, new_state, stop_patches
+from smi_fast.engine.compiler import compile_step, trace_step
+from smi_fast.engine.state import State
 from smi_fast.engine.step import build_step
 from smi_fast.kernels.common.grid import target_cells
 from smi_fast.kernels.patch_cells import take_patches
 from smi_fast.model.sparse_vit import SparseViT
-from smi_fast.priors import priors_of
+from smi_fast.storage.inductor import why_not_compile
+from tests.states import fresh
 
 MakeModel = Callable[..., SparseViT]
 LABELS, IDS = [0, 3, 4], [7, 0, 2]
@@ -23,8 +24,7 @@ SHORT = {"iterations": 8, "stops": ((2, 0.3), (4, 0.4)), "jitter": 0.4}
 
 
 def start(model: SparseViT, config: InversionConfig) -> tuple[State, Any]:
-    priors = priors_of(config)
-    return new_state(model, config, LABELS, IDS, len(priors)), build_step(model, config, priors)
+    return fresh(model, config, LABELS, IDS), build_step(model, config)
 
 
 @torch.no_grad()
@@ -33,10 +33,10 @@ def advance(model: SparseViT, config: InversionConfig, steps: int) -> State:
     state, step = start(model, config)
     kept = model.grid.patches
     for iteration in range(steps):
-        for at, ratio in config.stops:
+        for at, ratio in config.strategy.stops:
             if at == iteration:
                 kept = int(kept * (1 - ratio))
-                state = stop_patches(state, kept, config.rules.stop_updates)
+                state = state.stopped(config.strategy, kept, iteration)
         step(state)
     return state
 
@@ -70,7 +70,7 @@ def test_gradient_is_that_of_autograd_through_timm(make_model: MakeModel, tiny_v
     before = advance(model, config, steps)
     after = before.clone()
     with torch.no_grad():
-        build_step(model, config, priors_of(config))(after)
+        build_step(model, config)(after)
 
     shift, flip = before.jitter[:, steps, :2], before.jitter[:, steps, 2] == 1
     assert steps == 3 or shift.any(), "a step that does not move the image proves little"  # 3 comes before a stop
@@ -88,7 +88,7 @@ def test_gradient_is_that_of_autograd_through_timm(make_model: MakeModel, tiny_v
     (expected,) = torch.autograd.grad(loss, canvas)
 
     beta1 = config.betas[0]
-    gradient = (after.first - beta1 * before.first) / (1 - beta1)
+    gradient = (after.exp_avg - beta1 * before.exp_avg) / (1 - beta1)
     torch.testing.assert_close(gradient, take_patches(expected, before.keep, model.grid), rtol=1e-9, atol=1e-11)
 
 
@@ -120,19 +120,19 @@ def test_reference_goes_on_with_stopped_patches(make_model: MakeModel) -> None:
     model, config = make_model(), InversionConfig(**SHORT, preset="reference")
     at_stop, later = advance(model, config, 5), advance(model, config, 8)
     assert later.keep.shape == (3, 4)
-    assert later.first.shape[1] == 12
+    assert later.exp_avg.shape[1] == 12
     assert (at_stop.canvas != later.canvas).float().mean() > 0.9
 
 
 def test_stop_keeps_the_best_scores_and_their_state(make_model: MakeModel) -> None:
     model, config = make_model(), InversionConfig(**SHORT)
     state = advance(model, config, 2)
-    following = stop_patches(state, 8, True)
+    following = state.stopped(config.strategy, 8, 2)
     for image in range(3):
         best = sorted(state.scores[image].argsort(descending=True)[:8].tolist())
         assert following.keep[image].tolist() == best
-        assert torch.equal(following.first[image], state.first[image, best])
-        assert torch.equal(following.second[image], state.second[image, best])
+        assert torch.equal(following.exp_avg[image], state.exp_avg[image, best])
+        assert torch.equal(following.exp_avg_sq[image], state.exp_avg_sq[image, best])
     assert torch.equal(following.updated, following.keep)
 
 
@@ -142,7 +142,7 @@ def test_traced_graph_equals_eager(make_model: MakeModel, preset: Any, options: 
     model, config = make_model(**options), InversionConfig(**SHORT, preset=preset, l2_weight=0.1)
     eager = advance(model, config, 5)
     traced = eager.clone()
-    step = build_step(model, config, priors_of(config))
+    step = build_step(model, config)
     graph = trace_step(step, eager)
     with torch.no_grad():
         for _ in range(3):
@@ -163,11 +163,11 @@ def test_compiled_step_equals_eager(make_model: MakeModel, backend: str, dtype: 
     truth = State(*(t.double() if t.is_floating_point() else t.clone() for t in state.tensors()))
     eager, compiled = state.clone(), state.clone()
     with torch.no_grad():
-        build_step(truth_model, config, priors_of(config))(truth)
-        build_step(model, config, priors_of(config))(eager)
-    compile_step(build_step(model, config, priors_of(config)), state, backend)(compiled)
+        build_step(truth_model, config)(truth)
+        build_step(model, config)(eager)
+    compile_step(build_step(model, config), state, backend)(compiled)
     # as near to float64 as eager is, but for one rounding of the compute dtype; the first moment holds the gradient
-    for name in ("first", "scores"):
+    for name in ("exp_avg", "scores"):
         exact = getattr(truth, name)
         error, allowed = ((getattr(state, name) - exact).norm() for state in (compiled, eager))
         assert error <= allowed + torch.finfo(dtype).eps * exact.norm(), (name, error, allowed)

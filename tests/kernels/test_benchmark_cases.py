@@ -1,10 +1,10 @@
-"""The cases of ``benchmarks.kernels`` are what they say: kernel and reference agree on a small shape."""
+"""The cases of the kernels' benchmark are what they say: kernel and reference agree on a small shape."""
 
 import pytest
 import torch
 
-from benchmarks.kernel_cases import Shape, all_ops
-from benchmarks.kernels import check
+from benchmarks.speed.kernel_cases import Shape, all_ops
+from benchmarks.speed.kernels import check
 from smi_fast.kernels.common.grid import Grid
 from tests.kernels.cases import DEVICE, DTYPES, SEED
 

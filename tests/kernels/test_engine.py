@@ -8,49 +8,53 @@ import torch
 
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Inverter
-from smi_fast.engine.compiler import compile_step, why_not_compile
-from smi_fast.engine.state import new_state, stop_patches, uses_kernels
+from smi_fast.engine.compiler import compile_step
+from smi_fast.engine.state import uses_kernels
 from smi_fast.engine.step import build_step
 from smi_fast.images import SparseImages
 from smi_fast.kernels.common.dispatch import KERNELS_VARIABLE
 from smi_fast.kernels.patch_mask import patch_mask
+from smi_fast.method.priors import L2, TotalVariation
+from smi_fast.method.strategies import Stops
 from smi_fast.model.sparse_vit import SparseViT
-from smi_fast.priors import L2, Prior, TotalVariation, priors_of
+from smi_fast.storage.inductor import why_not_compile
 from tests.kernels.cases import DEVICE
+from tests.states import fresh
 
 pytestmark = pytest.mark.kernel
 
-LONG = InversionConfig(iterations=16, stops=((4, 0.3), (8, 0.3), (12, 0.3)), jitter=0.3, lr=0.05)
-SHORT = replace(LONG, iterations=8, stops=((2, 0.3), (4, 0.3), (6, 0.3)))
+LONG_STOPS = ((4, 0.3), (8, 0.3), (12, 0.3))
+LONG = InversionConfig(iterations=16, stops=LONG_STOPS, jitter=0.3, lr=0.05)
+SHORT = replace(LONG, iterations=8, strategy=Stops(((2, 0.3), (4, 0.3), (6, 0.3))))
+TWO = replace(SHORT, priors=(TotalVariation(0.01), L2(0.01)))
 
 
-def invert(
-    model: SparseViT, config: InversionConfig, priors: tuple[Prior, ...] | None, kernels: str, patch: pytest.MonkeyPatch
-) -> SparseImages:
+def invert(model: SparseViT, config: InversionConfig, kernels: str, patch: pytest.MonkeyPatch) -> SparseImages:
     patch.setenv(KERNELS_VARIABLE, kernels)
     assert uses_kernels(model) == (kernels == "triton")
-    return Inverter(model, config, batch_size=3, impl="eager", priors=priors)([0, 3, 4])
+    return Inverter(model, config, batch_size=3, impl="eager")([0, 3, 4])
 
 
 @pytest.mark.parametrize(
-    ("config", "priors"),
+    "config",
     [
-        (LONG, None),
-        (replace(LONG, preset="reference"), None),
-        (replace(SHORT, tv_norm="image"), None),
-        (SHORT, (L2(0.01), TotalVariation(0.01))),  # another term at the pixels, and the columns the other way round
-        (SHORT, (TotalVariation(0.01, "pixel"), TotalVariation(0.01, "image"))),  # none of two is taken into the update
+        LONG,
+        replace(LONG, loss="mean", priors=(TotalVariation(norm="batch"),), strategy=Stops(LONG_STOPS, False)),
+        replace(SHORT, priors=(TotalVariation(norm="image"),)),
+        # another term at the pixels, and the columns the other way round
+        replace(SHORT, priors=(L2(0.01), TotalVariation(0.01))),
+        # none of two is taken into the update
+        replace(SHORT, priors=(TotalVariation(0.01, "pixel"), TotalVariation(0.01, "image"))),
     ],
     ids=["paper", "reference", "image norm", "two priors", "two total variations"],
 )
 def test_same_keep_sets_and_canvases(
     make_model: Callable[..., SparseViT],
     config: InversionConfig,
-    priors: tuple[Prior, ...] | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = make_model(torch.float32).to(DEVICE)
-    ours, plain = (invert(model, config, priors, name, monkeypatch) for name in ("triton", "torch"))
+    ours, plain = (invert(model, config, name, monkeypatch) for name in ("triton", "torch"))
     assert ours.keep.shape == (3, 3)
     assert torch.equal(ours.keep, plain.keep)
     assert torch.equal(ours.predicted, plain.predicted)
@@ -63,13 +67,13 @@ def test_same_keep_sets_and_canvases(
 def test_same_losses_and_scores_after_a_stop(
     make_model: Callable[..., SparseViT], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, priors = make_model(torch.float32).to(DEVICE), (TotalVariation(0.01), L2(0.01))
+    model = make_model(torch.float32).to(DEVICE)
     states = []
     for kernels in ("triton", "torch"):
         monkeypatch.setenv(KERNELS_VARIABLE, kernels)
-        state, step = new_state(model, SHORT, [0, 3, 4], [7, 0, 2], 2), build_step(model, SHORT, priors)
+        state, step = fresh(model, TWO, [0, 3, 4], [7, 0, 2]), build_step(model, TWO)
         step(state)
-        state = stop_patches(state, 5, True)
+        state = state.stopped(TWO.strategy, 5, 2)
         step(state)
         states.append(state)
     ours, plain = states
@@ -86,12 +90,11 @@ def test_compiled_step_equals_eager(
         pytest.skip(f"inductor does not work here: {why_not_compile(DEVICE)}")
     model = make_model(torch.float32).to(DEVICE)
     monkeypatch.setenv(KERNELS_VARIABLE, "triton")
-    priors = priors_of(SHORT)
-    state = new_state(model, SHORT, [0, 3, 4], [7, 0, 2], len(priors))
-    step = build_step(model, SHORT, priors)
+    state = fresh(model, SHORT, [0, 3, 4], [7, 0, 2])
+    step = build_step(model, SHORT)
     for _ in range(2):
         step(state)
-    state = stop_patches(state, 8, True)
+    state = state.stopped(SHORT.strategy, 8, 2)
     eager, compiled = state.clone(), state.clone()
     run = compile_step(step, state, backend)
     for _ in range(3):

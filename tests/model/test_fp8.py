@@ -10,17 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smi_fast import Inverter, load_model
 from smi_fast.config import InversionConfig
-from smi_fast.engine.compiler import compile_step, trace_step, why_not_compile
+from smi_fast.engine.compiler import compile_step, trace_step
 from smi_fast.engine.report import build_report
-from smi_fast.engine.state import new_state, stop_patches
 from smi_fast.engine.step import build_step
 from smi_fast.model.fp8 import to_fp8, why_not_fp8
 from smi_fast.model.from_timm import from_timm, weights_sha256
 from smi_fast.model.scaled_linear import FP8, ScaledLinear
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.model.spec import ModelInfo
-from smi_fast.priors import priors_of
+from smi_fast.storage.inductor import why_not_compile
 from smi_fast.tuning.cost import matmul_rate, memory_bytes
+from tests.states import fresh
 
 MakeModel = Callable[..., SparseViT]
 E5M2 = torch.float8_e5m2
@@ -89,13 +89,12 @@ def test_model(case: str, gradient: torch.dtype, make_model: MakeModel) -> None:
 
 
 def start(model: SparseViT) -> tuple[Any, Any]:
-    priors = priors_of(SHORT)
-    step = build_step(model, SHORT, priors)
-    state = new_state(model, SHORT, LABELS, IDS, len(priors))
+    step = build_step(model, SHORT)
+    state = fresh(model, SHORT, LABELS, IDS)
     with torch.no_grad():
         for _ in range(3):
             step(state)
-    return stop_patches(state, 8, True), step
+    return state.stopped(SHORT.strategy, 8, 3), step
 
 
 class NoHost(TorchDispatchMode):
@@ -130,13 +129,13 @@ def test_compiled_step_equals_eager(make_model: MakeModel, backend: str) -> None
     if backend == "inductor" and why_not_compile("cpu"):
         pytest.skip(f"inductor does not work here: {why_not_compile('cpu')}")
     state, step = start(to_fp8(make_model(torch.bfloat16, depth=1)))
-    truth, exact = state.clone(), build_step(make_model(torch.float32, depth=1), SHORT, priors_of(SHORT))
+    truth, exact = state.clone(), build_step(make_model(torch.float32, depth=1), SHORT)
     compiled = state.clone()
     compile_step(step, state, backend)(compiled)
     with torch.no_grad():
         step(state)
         exact(truth)
-    for name in ("first", "scores", "losses"):
+    for name in ("exp_avg", "scores", "losses"):
         eager, found, wanted = (getattr(each, name) for each in (state, compiled, truth))
         if backend == "aot_eager":
             assert torch.equal(found, eager), name

@@ -150,7 +150,7 @@ def test_bad_calibration(model: SparseViT) -> None:
         Calibration.from_images(images, model, 6)
     with pytest.raises(ValueError, match=r"count=1: there are 0 images"):
         Calibration.from_images(images[1:2], model, 1)
-    with pytest.raises(ValueError, match="count=0: must be at least 1"):
+    with pytest.raises(ValueError, match="count=0: must be an integer of at least 1"):
         Calibration.from_images(images, model, 0)
     with pytest.raises(ValueError, match="count=0"):
         Calibration.gaussian(GRID, 0)

@@ -142,14 +142,14 @@ def test_constants() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight_bits": 1}, r"weight_bits=1: must be a whole number in 2\.\.8"),
+        ({"weight_bits": 1}, r"weight_bits=1: must be an integer in 2\.\.8"),
         ({"weight_bits": 9}, "weight_bits=9"),
         ({"act_bits": 16}, r"act_bits=16: .*2\.\.8"),
         ({"act_bits": 4.0}, r"act_bits=4\.0"),
         ({"act_bits": True}, "act_bits=True"),
         ({"scheme": "int4"}, "scheme='int4': must be one of 'paper', 'psaq'"),
         ({"observer": "max"}, "observer='max': must be one of 'minmax', 'percentile', 'mse'"),
-        ({"percentile": 50}, "percentile=50: must be above 50 and at most 100"),
+        ({"percentile": 50}, "percentile=50: must be above 50, at most 100"),
         ({"percentile": 100.1}, r"percentile=100\.1"),
         ({"percentile": float("nan")}, "percentile=nan"),
     ],

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from smi_fast.config import PAPER_STOPS
 from smi_fast.kernels.common.grid import Grid
+from smi_fast.method.strategies.stops import PAPER_STOPS
 from smi_fast.model.flops import iteration_flops, paper_iteration_flops, run_flops
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.model.spec import ViTShape

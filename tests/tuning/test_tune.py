@@ -13,18 +13,18 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import smi_fast.engine.timing as timing_module
 import smi_fast.tuning.attention as attention_module
 import smi_fast.tuning.measure as tune_module
 from smi_fast import SparseImages
 from smi_fast.cli import main
-from smi_fast.cli.batches import tuned_or_default
 from smi_fast.config import InversionConfig
 from smi_fast.engine.runner import Runner
 from smi_fast.kernels.common.grid import Grid
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.model.spec import ViTShape
-from smi_fast.schedule import plan_stages
 from smi_fast.tuning.measure import StageTimes, candidates, choose, seconds_per_image, tune
+from smi_fast.tuning.settings import Settings
 from smi_fast.tuning.store import Key, Tuned, all_tuned, key_of, lookup, save, tuned_path
 
 MakeModel = Callable[..., SparseViT]
@@ -106,7 +106,7 @@ def test_late_stages_get_larger_batches() -> None:
 
 
 def some_tuned(name: str = "GPU", kept: tuple[int, ...] = (12, 8), **options: Any) -> Tuned:
-    key = Key(name, {"grid": {"height": 24}}, "bfloat16", "eager", kept, "2.15")
+    key = Key(name, {"grid": {"height": 24}}, "bfloat16", "eager", kept, True, [{"name": "l2"}], "2.15")
     return Tuned(key, **({"batches": (4, 8), "gain": 1.5} | options))
 
 
@@ -116,7 +116,14 @@ def test_round_trip() -> None:
     path = save(full)
     assert path == tuned_path()
     assert lookup(full.key) == full
-    for name, value in {"device": "CPU", "shape": {}, "precision": "fp8", "impl": "compiled", "kept": (12,)}.items():
+    for name, value in {
+        "device": "CPU",
+        "shape": {},
+        "precision": "fp8",
+        "impl": "compiled",
+        "kept": (12,),
+        "priors": [],
+    }.items():
         assert lookup(replace(full.key, **{name: value})) is None, name
     save(some_tuned("other"))
     save(replace(full, batches=(2, 2)))
@@ -125,11 +132,11 @@ def test_round_trip() -> None:
 
 
 def test_a_key_is_the_same_after_json() -> None:
-    stages = plan_stages(196, ((5, 0.3),), 9)
-    key = key_of(DEIT_BASE, stages, CPU, "bfloat16", "eager")
+    config, later = (InversionConfig(iterations=n, stops=((at, 0.3),)) for n, at in ((9, 5), (99, 7)))
+    key = key_of(DEIT_BASE, config, CPU, "bfloat16", "eager")
     save(Tuned(key, (1, 1), 1.0))
-    assert lookup(key_of(DEIT_BASE, plan_stages(196, ((7, 0.3),), 99), CPU, "bfloat16", "eager")) is not None
-    assert lookup(key_of(replace(DEIT_BASE, width=384), stages, CPU, "bfloat16", "eager")) is None
+    assert lookup(key_of(DEIT_BASE, later, CPU, "bfloat16", "eager")) is not None
+    assert lookup(key_of(replace(DEIT_BASE, width=384), config, CPU, "bfloat16", "eager")) is None
 
 
 def test_unknown_keys_are_kept() -> None:
@@ -151,8 +158,8 @@ def test_unknown_keys_are_kept() -> None:
         b"[]",
         b"\xff\xfe\xfd",
         b'{"entries": []}',
-        b'{"format": "smi_fast.tuning.store.v1"}',
-        b'{"format": "smi_fast.tuning.store.v1", "entries": [{}]}',
+        b'{"format": "smi_fast.tuned.v2"}',
+        b'{"format": "smi_fast.tuned.v2", "entries": [{}]}',
     ],
 )
 def test_a_broken_file_is_refused_and_not_lost(content: bytes) -> None:
@@ -188,11 +195,11 @@ def test_writers_take_turns() -> None:
 
 
 def test_tune_a_tiny_model(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_module, "ROUND_SECONDS", 0.001)
+    monkeypatch.setattr(timing_module, "ROUND_SECONDS", 0.001)
     told: list[str] = []
     model = make_model(torch.float32)
-    tuned = tune(model, CONFIG, impl="eager", most=8, rounds=2, say=told.append)
-    assert tuned.key == key_of(model.shape, plan_stages(12, CONFIG.stops, 9), CPU, "float32", "eager")
+    tuned = tune(timer_of(model), most=8, rounds=2, say=told.append)
+    assert tuned.key == key_of(model.shape, CONFIG, CPU, "float32", "eager")
     assert [set(times) for times in tuned.timings] == [{4, 8}] * 3
     assert all(seconds > 0 for times in tuned.timings for seconds in times.values())
     assert tuned.gain >= 1
@@ -202,9 +209,9 @@ def test_tune_a_tiny_model(make_model: MakeModel, monkeypatch: pytest.MonkeyPatc
         "measuring 12 patches at batch 4",
     ]
     with pytest.raises(ValueError, match="most=0, rounds=2: both"):
-        tune(model, CONFIG, impl="eager", most=0, rounds=2)
-    with pytest.raises(ValueError, match="preset='reference'"):
-        tune(model, replace(CONFIG, preset="reference"), impl="eager")
+        tune(timer_of(model), most=0, rounds=2)
+    with pytest.raises(ValueError, match="tune: images depend on their batch-mates"):
+        tune(timer_of(model, replace(CONFIG, loss="mean")))
 
 
 def test_out_of_memory_leaves_a_batch_out(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,15 +222,15 @@ def test_out_of_memory_leaves_a_batch_out(make_model: MakeModel, monkeypatch: py
             raise torch.OutOfMemoryError("CUDA out of memory")
         return advance(self, most)
 
-    monkeypatch.setattr(tune_module, "ROUND_SECONDS", 0.001)
+    monkeypatch.setattr(timing_module, "ROUND_SECONDS", 0.001)
     monkeypatch.setattr(Runner, "advance", full)
     model = make_model(torch.float32)
-    tuned = tune(model, CONFIG, impl="eager", most=8, rounds=1, say=told.append)
+    tuned = tune(timer_of(model), most=8, rounds=1, say=told.append)
     assert [set(times) for times in tuned.timings] == [{4}] * 3
     assert "out of device memory with 12 patches at batch 8: left out" in told
     limit = 0
     with pytest.raises(MemoryError, match="12 patches at a batch of 4, the smallest tried"):
-        tune(model, CONFIG, impl="eager", most=8, rounds=1, say=told.append)
+        tune(timer_of(model), most=8, rounds=1, say=told.append)
 
 
 class Choosy:
@@ -263,7 +270,7 @@ def test_no_attention_is_chosen_on_a_cpu(make_model: MakeModel, monkeypatch: pyt
 def test_choices_are_applied_where_none_was_made(make_model: MakeModel) -> None:
     model = make_model()
     model.choose_attention(9, "math")
-    attention_module.apply_attention(model, {13: "plain", 9: "plain"})
+    Settings((1,), "tuned", "eager", {13: "plain", 9: "plain"}).apply(model)
     assert model.attention_choices == {9: "math", 13: "plain"}
 
 
@@ -281,7 +288,7 @@ def run(*arguments: str, code: int = 0) -> None:
 def test_tuned_batches_are_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune_module, "ROUND_SECONDS", 0.001)
+    monkeypatch.setattr(timing_module, "ROUND_SECONDS", 0.001)
     run("tune", *SCHEDULE, "--most", "4", "--rounds", "1")
     printed = capsys.readouterr()
     assert "chosen: 4, 4" in printed.out
@@ -299,21 +306,16 @@ def test_tuned_batches_are_used(
     assert "batch size 1, 2: tuned on this machine" in capsys.readouterr().out
 
 
-def test_a_preset_that_ties_batch_mates_takes_no_tuned_batch() -> None:
-    tuned, told = some_tuned(), list[str]()
-    save(tuned)
-    assert tuned_or_default(tuned.key, CONFIG, told.append) == ((4, 8), tuned)
-    assert tuned_or_default(tuned.key, replace(CONFIG, preset="reference"), told.append) == ((64, 64), None)
-    assert tuned_or_default(some_tuned("other").key, CONFIG, told.append) == ((64, 64), None)
-    assert told == ["batch size 4, 8: tuned on this machine"]
+def timer_of(model: SparseViT, config: InversionConfig = CONFIG) -> timing_module.StageTimer:
+    return timing_module.StageTimer(model, config, "eager")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--most", "0"], "--most 0: must be at least 1"),
-        (["--rounds", "-1"], "--rounds -1: must be at least 1"),
-        (["--impl", "fast"], "--impl 'fast': must be compiled or eager"),
+        (["--most", "0"], "--most 0: must be an integer of at least 1"),
+        (["--rounds", "-1"], "--rounds -1: must be an integer of at least 1"),
+        (["--impl", "fast"], "--impl 'fast': must be one of"),
         (["--dense"], "--dense and --stop exclude each other"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from smi_fast.engine.compiler import why_not_compile
 from smi_fast.kernels import adam_update as adam_module
 from smi_fast.kernels import cls_attention as attention_module
 from smi_fast.kernels import patch_cells as cells_module
@@ -18,6 +17,7 @@ from smi_fast.kernels import total_variation as tv_module
 from smi_fast.kernels.common.grid import Grid, Moves, slot_of_patch
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.patch_ungather import patch_ungather
+from smi_fast.storage.inductor import why_not_compile
 
 GRID = Grid(8, 12, 4)
 KEEP = torch.tensor([[0, 3, 5], [1, 2, 4]])

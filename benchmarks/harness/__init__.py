@@ -1,0 +1,1 @@
+"""What experiments share: arguments, timing, worker processes, results, tables, models, and our engine's insides."""

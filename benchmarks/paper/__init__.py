@@ -1,0 +1,1 @@
+"""What the images are for, as in the tables of the paper."""

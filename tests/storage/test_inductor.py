@@ -1,0 +1,87 @@
+"""Compiled graphs outlive the process, in a folder of the user's own."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from smi_fast.storage.environment import cache_home
+from smi_fast.storage.inductor import CACHE_VARIABLE, use_private_cache, why_not_compile
+
+SCRIPT = """
+import json, torch
+from smi_fast.config import InversionConfig
+from smi_fast.engine.compiler import compile_step
+from smi_fast.engine.step import build_step
+from smi_fast.model.from_timm import from_timm
+from smi_fast.model.spec import ModelInfo
+from tests.conftest import build_vit
+from tests.states import fresh
+model = from_timm(build_vit(depth=1).float(), ModelInfo("tiny", "", (0.5,) * 3, (0.2,) * 3))
+config = InversionConfig(iterations=2, stops=())
+state = fresh(model, config, [0, 1], [0, 1])
+step = compile_step(build_step(model, config), state)
+step(state)
+print(json.dumps(dict(torch._dynamo.utils.counters["inductor"]) | {"loss": float(state.losses.sum())}))
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, "")  # so that it is put back as it was
+    monkeypatch.delenv(CACHE_VARIABLE)
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_the_folder_is_private_and_named_after_the_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imported: bool
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if imported:  # inductor, which puts its default there
+        monkeypatch.setenv(CACHE_VARIABLE, default_cache_dir())
+    folder = use_private_cache()
+    assert folder == cache_home() / f"inductor-{torch.__version__}" == tmp_path / "smi_fast" / folder.name
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert os.environ[CACHE_VARIABLE] == str(folder)
+
+
+def test_a_folder_that_the_user_chose_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "mine"))
+    assert use_private_cache() == tmp_path / "mine"
+    assert not (tmp_path / "mine").exists()
+
+
+def test_where_the_folder_cannot_be_made_pytorch_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert use_private_cache() is None
+    assert CACHE_VARIABLE not in os.environ
+
+
+@pytest.mark.compiled
+def test_a_second_process_finds_the_graph(tmp_path: Path) -> None:
+    if why_not_compile("cpu"):
+        pytest.skip(f"inductor does not work here: {why_not_compile('cpu')}")
+    root = Path(__file__).parent.parent.parent
+    environment = {k: v for k, v in os.environ.items() if k != CACHE_VARIABLE} | {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": str(root),
+    }
+    command = [sys.executable, "-c", SCRIPT]
+    runs = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    first, second = runs
+    assert list(tmp_path.glob("smi_fast/inductor-*/fxgraph/*"))
+    assert first["fxgraph_cache_miss"] == 1
+    assert second["fxgraph_cache_hit"] == 1
+    assert "fxgraph_cache_miss" not in second
+    assert first["loss"] == second["loss"]
