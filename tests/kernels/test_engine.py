@@ -18,7 +18,7 @@ from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.priors import L2, Prior, TotalVariation, priors_of
 from tests.kernels.cases import DEVICE
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("few_programs")]
 
 LONG = InversionConfig(iterations=16, stops=((4, 0.3), (8, 0.3), (12, 0.3)), jitter=0.3, lr=0.05)
 SHORT = replace(LONG, iterations=8, stops=((2, 0.3), (4, 0.3), (6, 0.3)))
