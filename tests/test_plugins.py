@@ -81,7 +81,7 @@ def test_register_refuses() -> None:
     class Other:
         weight: float = 1.0
 
-    with pytest.raises(ValueError, match="prior 'l2': is registered already, by smi_fast.method.priors.l2.L2"):
+    with pytest.raises(ValueError, match=r"prior 'l2': is registered already, by smi_fast\.method\.priors\.l2\.L2"):
         plugins.register("prior", "l2")(Other)
     with pytest.raises(ValueError, match="name='No Name': must be lower case"):
         plugins.register("prior", "No Name")
@@ -93,7 +93,7 @@ def test_register_refuses() -> None:
 
     with pytest.raises(ValueError, match="must be a frozen dataclass"):
         plugins.register("prior", "test_plain")(Plain)
-    with pytest.raises(ValueError, match="plugin='no.such': cannot be imported"):
+    with pytest.raises(ValueError, match=r"plugin='no\.such': cannot be imported"):
         plugins.load_plugin("no.such")
 
 

@@ -71,7 +71,7 @@ def test_they_are_recorded_and_make_the_same_images_again(installed: Path, run: 
 def test_without_the_package_images_load_and_the_message_names_it(run: Path, tmp_path: Path) -> None:
     images = SparseImages.load(run / "images.safetensors")  # this process does not know the package
     assert len(images) == 2
-    with pytest.raises(ValueError, match="'contrast': is not registered.*install that package"):
+    with pytest.raises(ValueError, match=r"'contrast': is not registered.*install that package"):
         InversionConfig.from_dict(images.provenance.config)
     again = smi_fast("invert", "--recipe", str(run / "images.safetensors"), "--out", str(tmp_path / "o"))
     assert again.returncode == 2

@@ -1,10 +1,53 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from smi_fast.kernels.common.dispatch import why_not_triton
+from smi_fast.kernels.common import configs
+from smi_fast.kernels.common.configs import Config
+from smi_fast.kernels.common.dispatch import INTERPRETED, why_not_triton
 from tests.kernels.cases import DEVICE, SEED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def language_patched_once() -> Iterator[None]:
+    """Triton's interpreter replaces the functions of ``triton.language`` once a launch.
+
+    It does so again at every call of one jit function by another, to the same effect: more than half of the
+    processor time of these tests.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch_language, done = interpreter._patch_lang, set()
+
+    def once(function: Callable[..., object]) -> Any:
+        module = id(function.__globals__)
+        if module in done:
+            return None  # what a call within a kernel does not look at
+        done.add(module)
+        scope = patch_language(function)
+        restore = scope.restore
+        scope.restore = lambda: (restore(), done.clear())  # the launch's own, when it ends
+        return scope
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", once)
+        yield
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger blocks under the interpreter, whose time goes by the number of programs: for tests of what runs kernels.
+
+    The tests of the kernels themselves keep to the pinned configurations.
+    """
+    if INTERPRETED:
+        for op in ("adam_update", "total_variation"):
+            monkeypatch.setitem(configs.PINNED, op, {0: Config(1024, 4)})
 
 
 @pytest.fixture(autouse=True)

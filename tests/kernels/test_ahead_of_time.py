@@ -26,7 +26,7 @@ from smi_fast.kernels.total_variation import TVNorm, tv_launch
 if HAS_TRITON and not INTERPRETED:
     from tests.kernels.ahead_of_time import compile_for
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="Triton's compiler is not to be had")
+pytestmark = pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="Triton's compiler is not available")
 
 BASE, SMALL, LARGE, WIDE = Grid(224, 224, 16), Grid(32, 32, 4), Grid(224, 224, 14), Grid(224, 224, 32)
 BATCH = 128
@@ -149,7 +149,8 @@ def statistics(i: Inputs) -> Launch:
     return statistics_launch(i.canvas.to(i.dtype), i.ids, i.grid)[0]
 
 
-TABLE: list[tuple[str, Callable[[Inputs], Launch], Grid, torch.dtype, Limit]] = [
+Row = tuple[str, Callable[[Inputs], Launch], Grid, torch.dtype, Limit]
+TABLE: list[Row] = [
     ("patch_gather", gather, BASE, torch.bfloat16, Limit(32, 0, 3)),
     ("patch_gather", gather, BASE, torch.float32, Limit(40, 0, 6)),
     ("patch_gather", gather, SMALL, torch.bfloat16, Limit(32, 0, 3)),
@@ -180,14 +181,12 @@ TABLE: list[tuple[str, Callable[[Inputs], Launch], Grid, torch.dtype, Limit]] = 
     ("backward N197", lambda i: attention(i, 197, backward=True), BASE, torch.bfloat16, Limit(96, 10, 8)),
     ("backward N197 M2", lambda i: attention(i, 197, 2, backward=True), BASE, torch.bfloat16, Limit(128, 12, 8)),
     ("backward N577", lambda i: attention(i, 577, backward=True), BASE, torch.bfloat16, Limit(128, 20, 8)),
-    # 4 tiles of 64 tokens in 16-byte pieces; two products forward, five backward
-    ("tile N47", lambda i: tile(i, 47), BASE, torch.bfloat16, Limit(112, 12, 4, products=8)),
+    # 4 tiles of 64 tokens in 16-byte pieces; two products forward, five backward. 47 tokens compile to the code of 64,
+    # and forward 138 to that of 197
     ("tile N64", lambda i: tile(i, 64), BASE, torch.bfloat16, Limit(112, 12, 4, products=8)),
     ("tile N96", lambda i: tile(i, 96), BASE, torch.bfloat16, Limit(232, 20, 4, products=12)),
-    ("tile N138", lambda i: tile(i, 138), BASE, torch.bfloat16, Limit(80, 17, 1, products=64)),
     ("tile N197", lambda i: tile(i, 197), BASE, torch.bfloat16, Limit(80, 17, 1, products=64)),
     ("tile N47", lambda i: tile(i, 47), BASE, torch.float32, Limit(40, 9, 1)),
-    ("tile backward N47", lambda i: tile(i, 47, True), BASE, torch.bfloat16, Limit(208, 16, 12, products=20)),
     ("tile backward N64", lambda i: tile(i, 64, True), BASE, torch.bfloat16, Limit(208, 16, 12, products=20)),
     ("tile backward N96", lambda i: tile(i, 96, True), BASE, torch.bfloat16, Limit(176, 10, 9, products=52)),
     ("tile backward N138", lambda i: tile(i, 138, True), BASE, torch.bfloat16, Limit(255, 18, 17, products=104)),
@@ -204,9 +203,20 @@ TABLE: list[tuple[str, Callable[[Inputs], Launch], Grid, torch.dtype, Limit]] = 
 ]
 
 
-@pytest.mark.parametrize("capability", [90, 80])
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0]}-P{row[2].patch}-{row[3]}")
-def test_machine_code(row: tuple[str, Callable[[Inputs], Launch], Grid, torch.dtype, Limit], capability: int) -> None:
+def devices(row: Row) -> tuple[int, ...]:
+    """sm_90, and sm_80 for kernels that multiply matrices or may spill.
+
+    How wide accesses are is settled before Triton looks at the device, and 64 registers are a quarter of what there is.
+    """
+    return (90, 80) if row[-1].registers > 64 or row[-1].products else (90,)
+
+
+@pytest.mark.parametrize(
+    ("row", "capability"),
+    [(row, capability) for row in TABLE for capability in devices(row)],
+    ids=lambda value: f"{value[0]}-P{value[2].patch}-{value[3]}" if isinstance(value, tuple) else str(value),
+)
+def test_machine_code(row: Row, capability: int) -> None:
     _, build, grid, dtype, limit = row
     compiled = compile_for(build(Inputs(grid, dtype)), capability)
     assert compiled.spills <= (limit.spills80 if capability == 80 else 0), compiled

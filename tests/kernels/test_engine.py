@@ -21,7 +21,7 @@ from smi_fast.storage.inductor import why_not_compile
 from tests.kernels.cases import DEVICE
 from tests.states import fresh
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("few_programs")]
 
 LONG_STOPS = ((4, 0.3), (8, 0.3), (12, 0.3))
 LONG = InversionConfig(iterations=16, stops=LONG_STOPS, jitter=0.3, lr=0.05)

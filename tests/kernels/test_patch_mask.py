@@ -6,7 +6,7 @@ from torch import Tensor
 
 from smi_fast.kernels.common.grid import Grid
 from smi_fast.kernels.patch_mask import composite, kept_statistics, patch_mask
-from tests.kernels.cases import DEVICE, DTYPES, GRIDS, assert_near_truth, counts, generator, some_ids
+from tests.kernels.cases import DEVICE, DTYPES, FEW, GRIDS, assert_near_truth, counts, generator, label, some_ids, sweep
 
 pytestmark = pytest.mark.kernel
 
@@ -16,7 +16,7 @@ def colours(grid: Grid, channels: int, dtype: torch.dtype, salt: int) -> Tensor:
     return values.to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=label)
 def test_mask_is_exact(grid: Grid) -> None:
     for kept in counts(grid):
         keep = some_ids(grid, 2, kept, generator(kept))
@@ -36,14 +36,14 @@ def test_ids_of_any_integer_dtype(dtype: torch.dtype) -> None:
     assert all(torch.equal(*pair) for pair in zip(found, want, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.uint8], ids=str)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("grid", "dtype"), sweep((*DTYPES, torch.float64, torch.uint8)), ids=label)
 def test_composite_is_exact(grid: Grid, dtype: torch.dtype) -> None:
     for channels, kept in zip((3, 1, 4, 3), counts(grid), strict=False):
         keep = some_ids(grid, 2, kept, generator(kept))
         pixels, other = colours(grid, channels, dtype, 0), colours(grid, channels, dtype, 1)
         colour, row = other[0, :, :1, :1], other[:1, :, :, :1]
-        for fill in (other, other[0], colour, row, colour.float(), other[0, 0], other.transpose(0, 1)[:1, :1]):
+        fills = (other, colour, other[0], row, colour.float(), other[0, 0], other.transpose(0, 1)[:1, :1])
+        for fill in fills if grid in FEW else fills[:2]:  # how a fill is strided has nothing to do with the grid
             found = composite(pixels, keep, grid, fill, impl="triton")
             assert found.dtype == dtype
             assert torch.equal(found, composite(pixels, keep, grid, fill, impl="torch"))
@@ -85,8 +85,7 @@ def assert_statistics(pixels: Tensor, keep: Tensor, grid: Grid) -> None:
         assert_near_truth(ours, theirs, exact, torch.float32, terms=terms)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("grid", "dtype"), sweep(), ids=label)
 def test_statistics(grid: Grid, dtype: torch.dtype) -> None:
     for channels, kept in zip((3, 1, 4, 3), counts(grid), strict=False):
         assert_statistics(colours(grid, channels, dtype, kept), some_ids(grid, 2, kept, generator(kept)), grid)
@@ -96,7 +95,7 @@ def test_statistics(grid: Grid, dtype: torch.dtype) -> None:
 def test_statistics_under_a_common_offset(offset: float) -> None:
     grid = Grid(64, 96, 16)  # 24 patches: six blocks of 1024 pixels, the last half full at 22
     pixels = torch.randn(2, 3, 64, 96, generator=generator(3)).to(DEVICE) + offset
-    for kept in (1, 9, 22, 24):
+    for kept in (1, 9, 22, 24) if DEVICE == "cuda" else (9, 22):
         assert_statistics(pixels, some_ids(grid, 2, kept, generator(kept)), grid)
 
 
