@@ -1,7 +1,7 @@
 """Makes the reference of what the code says: fields are described by their comments, examples are code.
 
-A field of a dataclass is described behind it, ``keep: Tensor  # [n, K] int64``, on the lines above it, or by the text of
-``_option(default, text)``. mkdocstrings shows docstrings alone, so these become the section "Attributes" of the class.
+A field of a dataclass is described behind it, ``keep: Tensor  # [n, K] int64``, on the lines above it, or in the text of
+its ``_option(default, text)``. mkdocstrings shows docstrings alone, so these become the section "Attributes" of a class.
 """
 
 import ast
