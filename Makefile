@@ -1,6 +1,7 @@
 # make demo   set up, and run the main job on the bundled teacher
 # make test   set up, and run the tests on the newest libraries
 # make lint   ruff and mypy
+# make docs   set up, and build the site from docs/ into site/
 # make gpu    on a machine with a GPU: its tests and benchmarks, with the python3 that is there; no set-up
 # make gpu-speed, gpu-more   there as well: the waterfall and a profile; scaling and quality
 # make test-oldest   the tests on the oldest supported torch, in an environment of its own
@@ -11,7 +12,7 @@ OLDEST ?= .venv-oldest
 OUT ?= runs/demo
 DEMO_STOPS = --stop 50:0.3 --stop 100:0.3 --stop 200:0.3 --stop 300:0.3
 
-.PHONY: setup demo test lint test-oldest gpu gpu-speed gpu-more clean
+.PHONY: setup demo test lint docs test-oldest gpu gpu-speed gpu-more clean
 
 setup: $(VENV)/.ready
 setup-oldest: $(OLDEST)/.ready
@@ -58,5 +59,14 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# the sources are read, not imported, and nothing is fetched while the pages are built
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "open site/index.html, or for its search: python3 -m http.server --directory site"
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/newest.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info
