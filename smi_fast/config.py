@@ -226,7 +226,9 @@ def _check(c: InversionConfig) -> None:
     for prior in c.priors:
         _check_kind("priors", prior, "prior")
     _check_kind("strategy", c.strategy, "strategy")
-    c.strategy.check(c.iterations)
+    early = getattr(c.strategy, "check", None)
+    if early is not None:
+        early(c.iterations)
 
 
 def _check_kind(name: str, part: object, kind: str) -> None:

@@ -53,19 +53,15 @@ class Prior(Protocol):
 
 
 class Strategy(Protocol):
-    """Which patches go on, and when."""
+    """Which patches go on, and when.
+
+    A method ``check(iterations)`` is optional: it raises ``ValueError`` where the parameters do not fit a run of so
+    many iterations, which is then found before a model is loaded.
+    """
 
     @property
     def stop_updates(self) -> bool:
         """True: a stopped patch leaves priors and optimiser too. False: only the model no longer sees it."""
-        ...
-
-    def check(self, iterations: int) -> None:
-        """Refuse a run of so many iterations that does not fit, before a model is loaded.
-
-        Raises:
-            ValueError: naming the parameter.
-        """
         ...
 
     def stages(self, patches: int, iterations: int) -> tuple[Stage, ...]:

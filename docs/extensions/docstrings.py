@@ -1,7 +1,7 @@
 """Makes the reference of what the code says: fields are described by their comments, examples are code.
 
-A field of a dataclass is described behind it, ``keep: Tensor  # [n, K] int64``, on the lines above it, or in the text of
-its ``_option(default, text)``. mkdocstrings shows docstrings alone, so these become the section "Attributes" of a class.
+A field of a dataclass is described behind it, ``keep: Tensor  # [n, K] int64``, on the lines above it, or in its
+``help_text(...)``. mkdocstrings shows docstrings alone, so these become the section "Attributes" of a class.
 """
 
 import ast
@@ -42,10 +42,12 @@ def describe(field: griffe.Attribute) -> str:
     except SyntaxError:
         return ""
     call = statement.value if isinstance(statement, ast.AnnAssign) else None
-    if isinstance(call, ast.Call) and ast.unparse(call.func) == "_option" and field.value is not None:
-        default, text = call.args
-        field.value = ast.unparse(default)
-        return str(ast.literal_eval(text))
+    if isinstance(call, ast.Call) and ast.unparse(call.func) == "field":
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        text = given.get("metadata")
+        if isinstance(text, ast.Call) and ast.unparse(text.func) == "help_text":
+            field.value = ast.unparse(given["default"]) if "default" in given else None
+            return str(ast.literal_eval(text.args[0]))
     if field.lineno is None:
         return ""
     return comment_behind(field.lines) or comment_above(field.lines_collection[field.filepath], field.lineno)

@@ -150,7 +150,8 @@ class RunOptions(MachineOptions):
 
 
 def _commas(sizes: tuple[int, ...]) -> str:
-    return ",".join(map(str, sizes))
+    """As ``--batch-size`` reads it; one number where all are equal, which fits any number of stages."""
+    return ",".join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))
 
 
 def parse_device(text: str) -> torch.device:

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 import smi_fast.engine.inverter as inverter_module
-import smi_fast.engine.runner as runner_module
 import smi_fast.tuning.settings as settings_module
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Inverter, Progress, Snapshots
-from smi_fast.engine.compiler import compile_step
 from smi_fast.engine.observe import default_iterations
-from smi_fast.engine.randomness import jitter_table, start_canvas
+from smi_fast.engine.randomness import draw, jitter_table, start_canvas
 from smi_fast.engine.state import learning_rates, rate_table
 from smi_fast.images import SparseImages
 from smi_fast.kernels.patch_cells import take_patches
@@ -55,6 +53,33 @@ def test_an_image_does_not_depend_on_its_batch(make_model: MakeModel) -> None:
     assert_same(eight[:7], seven, atol=1e-6)  # float64 inside, saved as float32
     assert_same(eight[3:4], alone, atol=1e-6)
     assert not torch.equal(eight.keep[0], eight.keep[5]), "different images keep different patches"
+
+
+def test_a_prior_that_couples_is_no_secret_under_the_papers_preset(make_model: MakeModel) -> None:
+    model = make_model()
+    config = InversionConfig(iterations=6, stops=(), jitter=0.3, tv_norm="batch", tv_weight=0.1)
+    alone, together = invert(model, [0], config, batch_size=1), invert(model, [0, 1, 2], config, batch_size=3)
+    assert (alone.pixels - together.pixels[:1]).abs().max() > 1e-3, "so nothing may promise that it does not"
+    with pytest.raises(ValueError, match=r"all stages must have one batch.*norm=batch, which couples"):
+        Inverter(model, replace(config, strategy=CONFIG.strategy, iterations=9), batch_size=(1, 1, 2), impl="eager")
+    inverter = Inverter(model, config, batch_size=2, impl="eager")
+    assert len(inverter([0, 1, 2])) == 3
+    assert {bucket.batch for bucket in inverter.runners.met} == {1, 2}, "the last batch is not filled up"
+
+
+def test_numbers_are_drawn_ahead_in_another_thread(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def watched(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return draw(*arguments)
+
+    monkeypatch.setattr(inverter_module, "draw", watched)
+    images = invert(make_model(), [0, 1, 2, 3], batch_size=2)
+    assert len(threads) == 2
+    assert all(name.startswith("smi_fast draw") for name in threads)
+    monkeypatch.undo()
+    assert_same(images, invert(make_model(), [0, 1, 2, 3], batch_size=2))
 
 
 def test_a_short_last_batch_is_filled_up(make_model: MakeModel) -> None:
@@ -251,24 +276,6 @@ def test_rates() -> None:
     table = rate_table(config)
     assert table[:, 1].tolist() == pytest.approx([0.5, 0.75, 0.875, 0.9375])
     assert table[:, 2].tolist() == pytest.approx([0.1, 0.19, 0.271, 0.3439])
-
-
-def test_one_graph_a_bucket_and_no_break(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings_module, "why_not_compile", lambda device: None)
-    monkeypatch.setattr(runner_module, "compile_step", lambda step, state: compile_step(step, state, "aot_eager"))
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    model = make_model()
-    inverter = Inverter(model, CONFIG, batch_size=2, impl="compiled")
-    images = inverter([0, 1, 2, 3])
-    assert counters["stats"]["unique_graphs"] == len(inverter.stages) == 3
-    assert not counters["graph_break"]
-    assert not counters["recompile"]
-    assert inverter.stats.seconds_compile > 0
-    inverter([2, 3])
-    assert counters["stats"]["unique_graphs"] == 3, "a second call compiles nothing"
-    assert_same(images, invert(model, [0, 1, 2, 3], batch_size=2), atol=1e-5)
 
 
 def test_without_a_compiler_it_says_so_and_runs_eager(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
