@@ -15,14 +15,14 @@ Rates and bias corrections arrive as a device tensor: a host number would freeze
 
 **Two canvases.** Total variation at a pixel reads neighbours that other programs update, so the step reads one canvas
 and writes another; the two change roles after each step. The alternative, a gradient of total variation taken in the
-gather and kept until the update, costs 8 bytes a value more (written and read once in float32). Pixels of stopped
+gather and kept until the update, costs 8 more bytes per value (written and read once in float32). Pixels of stopped
 patches are never written: both canvases must hold the same ones when a stage begins. The moments are updated in place.
 
-Bytes a value, float32 canvas and moments, ``s`` bytes of compute dtype: reads canvas 4, moments 8, window gradient
-``s``; writes canvas 4, moments 8: ``24 + s``. With the gather (``4 + s``) an iteration moves ``28 + 2 s`` bytes a value
-outside the ViT. The least possible is ``24 + 2 s``: the update could also write the next iteration's windows and spare
-the gather its 4 bytes of reading. It is kept apart since by count, not by measurement, that is about 0.2% of a step
-(DeiT-Base, B = 128, K = 46: 18 MB, beside 2 TFLOP).
+Bytes per value, for a float32 canvas and moments and a compute dtype of ``s`` bytes: reads canvas 4, moments 8, window
+gradient ``s``; writes canvas 4, moments 8: ``24 + s``. With the gather (``4 + s``) an iteration moves ``28 + 2 s``
+bytes per value outside the ViT. The least possible is ``24 + 2 s``: the update could also write the next iteration's
+windows, which would save the gather 4 bytes of reading. The two stay separate because that is about 0.2% of a step, by
+count and not by measurement (DeiT-Base, B = 128, K = 46: 18 MB, next to 2 TFLOP).
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ from smi_fast.kernels.total_variation import (
 
 @dataclass(frozen=True)
 class AdamConstants:
-    """What does not change from step to step: decay rates, epsilon, and the channel limits ``[3, 1, 1]``."""
+    """What stays the same from step to step: decay rates, epsilon, and the channel limits ``[3, 1, 1]``."""
 
     beta1: float
     beta2: float
@@ -63,7 +63,7 @@ class AdamConstants:
 
 @dataclass(frozen=True)
 class Updated:
-    """The patches that are updated, with their optimiser state; A of them an image."""
+    """The patches that are updated, with their optimiser state; A per image."""
 
     canvas: Tensor  # [B, 3, H, W], read
     out: Tensor  # [B, 3, H, W], written at the updated patches; may be the canvas itself for plain torch
@@ -71,7 +71,7 @@ class Updated:
     exp_avg_sq: Tensor  # [B, A, 3, P, P] second moment, updated in place
     ids: Tensor  # [B, A] int64, ascending
     slots: Tensor  # [B, L] int32, `slot_of_patch` of the ids
-    halo: Halo | None = None  # `halo_of` the ids, where it is at hand; for plain torch alone
+    halo: Halo | None = None  # `halo_of` the ids, if known already; only plain torch uses it
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def adam_step(
 
 
 class AdamValues(NamedTuple):
-    """What one step changes; ``[B, A, 3, P, P]`` but for the value."""
+    """What one step changes; all ``[B, A, 3, P, P]`` except ``tv``."""
 
     pixels: Tensor
     exp_avg: Tensor

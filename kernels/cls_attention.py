@@ -13,10 +13,10 @@ programs write the same score. With the gradients ``g`` of ``out`` and ``r`` of 
     dp[m, n] = g[m] . v[n] + r[n - prefix] for m = 0 and a patch n      ds = p (dp - sum_n p dp)
     dq[m] = scale sum_n ds[m, n] k[n]    dk[n] = scale sum_m ds[m, n] q[m]    dv[n] = sum_m p[m, n] g[m]
 
-``p`` is worked out again from its own maximum and sum, and ``sum_n p dp`` from ``p``: a saved log-sum-exp would lose
+``p`` is computed again from its own maximum and sum, and ``sum_n p dp`` from ``p``: a saved log-sum-exp would lose
 the sum beside a large maximum, and ``g . out`` with a rounded ``out`` a part of the keys' mean.
 
-Bytes: one program an image and head. It reads its keys and values once where they fit in one tile (up to 256 tokens),
+Bytes: one program per image and head. It reads its keys and values once where they fit in one tile (up to 256 tokens),
 else once from memory and once from the cache, since the softmax needs a sweep of its own; it writes ``M d`` values
 and ``N`` floats. The backward reads the same again and writes as much. There is no reuse to win with tensor cores.
 Inputs are read through their strides, so slices of a projection are not copied; ``dk`` and ``dv`` are laid out
@@ -39,7 +39,7 @@ TILE_BYTES = 64 * 1024  # of keys under one query; as many of values lie beside 
 
 
 def scale_of(query: Tensor, scale: float | None) -> float:
-    """What the logits are multiplied with, ``1 / sqrt(d)`` unless given; ``ValueError`` where it is not finite."""
+    """The factor of the logits, ``1 / sqrt(d)`` unless given; ``ValueError`` if it is not finite."""
     if scale is None:
         return query.shape[-1] ** -0.5
     if not math.isfinite(scale):

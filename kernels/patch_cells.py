@@ -3,7 +3,7 @@
     patches[b, a, ch, i, j] = canvas[b, ch, r P + i, c P + j]        (r, c): the grid cell of ids[b, a]
 
 They have no kernels: the engine's step on CUDA reads and writes patches inside ``adam_update``. Taking is a custom op
-for the same reason as ``patch_gather``: inductor's own code works out each index at every pixel. Putting works in place
+for the same reason as ``patch_gather``: inductor's own code computes each index at every pixel. Putting works in place
 and stays outside compiled graphs: as a functional op it cost two copies of the whole canvas.
 """
 

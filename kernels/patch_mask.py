@@ -5,8 +5,8 @@
     mean[b, c]    = mean of pixels[b, c] over the pixels of the kept patches; std[b, c] likewise, of the population
 
 Each is one pass: the composite reads pixels where they are kept and the fill where they are not, and writes each value
-once; the statistics read the kept pixels alone. Where a program finds whether a pixel is kept, it reads the patch's
-entry of `slot_of_patch`, which comes out of the cache.
+once; the statistics read only the kept pixels. To find whether a pixel is kept, a program reads the patch's entry of
+`slot_of_patch`, which is in the cache.
 
 A program of the statistics gives the mean ``u_i`` of its ``n_i`` pixels, what rounding left over of it (the mean of
 what is apart from ``u_i``), and ``s_i``, the sum of squares about it. They are combined as in Chan, Golub and LeVeque

@@ -3,12 +3,12 @@
     patches[b, a, ch, i, j] = windows[b, k, (ch, i', j')], of the one window k that shows pixel (i, j) of patch a, or 0
 
 ``patch_scatter`` is the whole transpose, and the gather's backward: a canvas, 0 where no window lies.
-``patch_ungather`` is that at the patches that are updated alone. The windows of one image are disjoint, so each pixel
+``patch_ungather`` gives only the patches that are updated. The windows of one image are disjoint, so each pixel
 is covered by at most one of them, and every pixel looks up its own: no atomics, and gradient that falls on a stopped
 pixel is never written.
 
-Bytes: ungather reads each kept pixel's gradient once and writes it once, ``s + 4`` bytes a value for a compute dtype of
-``s`` bytes; scatter writes the whole canvas. In the engine's step on CUDA no ungather runs of its own: ``adam_update``
+Bytes: ungather reads each kept pixel's gradient once and writes it once, ``s + 4`` bytes per value for a compute dtype
+of ``s`` bytes; scatter writes the whole canvas. In the engine's step on CUDA no ungather runs of its own: ``adam_update``
 reads the windows' gradient where it needs it.
 """
 

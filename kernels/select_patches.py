@@ -7,7 +7,7 @@ keep their ascending order. A score of NaN counts as the highest, as in ``torch.
     rank[k] = #{j: s_j > s_k, or s_j = s_k and j < k}        slots = [k for k in 0..K-1 if rank[k] < count]
     remap(x, slots)[b, c] = x[b, slots[b, c]]
 
-Selection runs once a stop on a few hundred numbers, so it is one launch of one program an image. Scores become
+Selection runs once a stop on a few hundred numbers, so it is one launch of one program per image. Scores become
 integers of the same order. The threshold, the count-th largest of them, is found bit by bit, from the highest, with
 one count over the image a bit; what is above it survives, and of what is equal to it as many as there is room for, in
 order. That needs no comparison of all with all, however many patches there are.

@@ -8,15 +8,15 @@ No mask and no dropout. With the gradient ``g`` of ``out``,
     dp[m, n] = g[m] . v[n]                                 ds = p (dp - sum_n p dp)
     dq[m] = scale sum_n ds[m, n] k[n]    dk[n] = scale sum_m ds[m, n] q[m]    dv[n] = sum_m p[m, n] g[m]
 
-A tile holds all keys, so a row of the softmax is whole where it is worked out: there is nothing to carry from block to
-block. The forward cuts the queries into blocks, a program each. The backward has one program an image and head, which
+A tile holds all keys, so each row of the softmax is computed whole: there is nothing to carry from block to
+block. The forward cuts the queries into blocks, a program each. The backward has one program per image and head, which
 goes through the blocks and keeps ``dk`` and ``dv`` in registers: no atomics, and the same sums in the same order each
 time. The loop is not pipelined: a second block in flight costs the registers that ``dk`` and ``dv`` need.
-``p`` is worked out again from its own maximum and sum, and ``sum_n p dp`` from ``p``, for the reasons that
+``p`` is computed again from its own maximum and sum, and ``sum_n p dp`` from ``p``, for the reasons that
 ``cls_attention.py`` gives. Products are of the input's dtype with float32 sums; ``p`` and ``ds`` are rounded to it.
 float32 is multiplied as float32, without tensor cores, and its backward spills: it is there to be exact, not fast.
 
-Bytes: everything is read once and written once, ``4 N d`` values an image and head forward, ``7 N d`` backward; beyond
+Bytes: everything is read once and written once, ``4 N d`` values per image and head forward, ``7 N d`` backward; beyond
 one block of queries the forward reads keys and values again for each, from the cache.
 Inputs are read through their strides, so slices of a projection are not copied; ``out`` is laid out ``[B, N, H, d]``.
 The three gradients are slices of one ``[B, N, 3, H, d]``: `packed_tile_attention` hands it back as the gradient of the

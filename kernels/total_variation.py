@@ -4,7 +4,7 @@ For each of four directions ``d`` (right, down, down-right, down-left) and each 
 which at least one is an updated pixel, with ``D = x_p - x_{p+d}`` a vector of 3 channels:
 
     pixel:  sum_d sum_pairs ||D||_2                     (Eq. 2 of the paper)
-    image:  sum_d sqrt(sum_pairs ||D||^2)               four Frobenius norms an image
+    image:  sum_d sqrt(sum_pairs ||D||^2)               four Frobenius norms per image
     batch:  sum_d sqrt(sum_images sum_pairs ||D||^2)    four Frobenius norms over the batch (the published code)
 
 A stopped neighbour counts as a constant (Eq. 1 read literally); a pair of two stopped pixels does not count; there is
@@ -12,9 +12,8 @@ no wrap-around. The gradient at an updated pixel is that of the plain total vari
 that count. Under ``batch`` an image's value is its share, ``sum_d S_bd / sqrt(sum_b S_bd)``, so that the values of the
 images add up to the norm. Where a norm is 0 its gradient is taken as 0.
 
-Bytes: reads each updated pixel and a one-pixel halo once (the eight neighbours of a pixel come out of the cache),
-writes each gradient once: 8 bytes a value in float32. ``image`` and ``batch`` read the pixels once more beforehand, for
-the sums. In the engine's step on CUDA the gradient is taken inside ``adam_update``, and is never written.
+Bytes: reads each updated pixel and a one-pixel halo once (its eight neighbours are in the cache) and writes each
+gradient once: 8 bytes per value in float32. ``image`` and ``batch`` read the pixels once more beforehand, for the sums. In the engine's step on CUDA the gradient is taken inside ``adam_update``, and is never written.
 """
 
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 @dataclass(frozen=True)
 class Halo:
-    """Patches with a rim of one pixel: where they lie, and how their pairs count. It hangs on the ids alone."""
+    """Patches with a rim of one pixel: where they lie, and how their pairs count. It depends only on the ids."""
 
     index: Tensor  # [B, A * (P+2)^2] int64 into H * W, a pixel outside the image clamped to its edge
     # [B, A, P+2, P+2], the share of a pair with that pixel that an updated pixel counts: 1/2 where the other is updated
@@ -88,12 +87,12 @@ def total_variation_reference(canvas: Tensor, updated: Tensor, grid: Grid, norm:
 
 
 def tv_of_halo(halo: Tensor, share: Tensor, norm: TVNorm) -> tuple[Tensor, Tensor]:
-    """Value and gradient from a halo's pixels and shares; pointwise operations and sums alone.
+    """Value and gradient from a halo's pixels and shares; only pointwise operations and sums.
 
     Each updated pixel looks at its eight neighbours, so that inductor makes one vectorised loop of it: on two Zen 4
     cores 0.2 ms (8 images, 46 patches of 16), where pairs that are shared between two pixels took 2.9 ms.
     """
-    channels = [halo.new_zeros(())] * 3  # of the gradient; apart, so that each length is worked out once for all three
+    channels = [halo.new_zeros(())] * 3  # of the gradient; separate, so that a length is computed once for all three
     if norm == "pixel":
         value = halo.new_zeros(())
         for _, differences, counted in neighbours(halo, share):
@@ -207,7 +206,7 @@ def tv_kernel(
     values,  # [B, blocks, 4]
     gradient,  # [B, A, 3, P, P], not written under SUMS
     count,
-    SUMS: tl.constexpr,  # squares alone, for the norms
+    SUMS: tl.constexpr,  # only the squares, for the norms
     PIXEL: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,

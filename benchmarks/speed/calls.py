@@ -69,7 +69,7 @@ def calls_on_cpu(events: list[Any], own_time: bool) -> dict[int, Call]:
 def calls_on_gpu(events: list[Any]) -> list[Call]:
     """Operations without time of their own, and every kernel, copy and fill with its time on the device.
 
-    A kernel hangs on the operation that launched it. One that the profiler links to none still counts.
+    A kernel belongs to the operation that launched it. One that the profiler links to none still counts.
     """
     calls = calls_on_cpu(events, own_time=False)
     # ranges that are mirrored to the device would count their kernels twice

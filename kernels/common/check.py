@@ -16,7 +16,7 @@ Expected = tuple[Tensor, str, tuple[torch.dtype, ...]]
 
 
 def check(op: str, expected: Mapping[str, Expected], **known: int) -> dict[str, int]:
-    """Hold tensors against shapes written as letters.
+    """Check tensors against shapes written as letters.
 
     Args:
         op: name of the op, for messages.
@@ -54,7 +54,7 @@ def check(op: str, expected: Mapping[str, Expected], **known: int) -> dict[str, 
 
 
 def expected_moves(moves: Moves, prefix: str = "moves") -> dict[str, Expected]:
-    """What `check` is to hold moves against."""
+    """The shapes and dtypes of moves, for `check`."""
     return {f"{prefix}.shift": (moves.shift, "B 2", IDS), f"{prefix}.flip": (moves.flip, "B", BOOL)}
 
 

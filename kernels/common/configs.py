@@ -97,7 +97,7 @@ def tuned_table() -> str:
 
 
 def _on_copies(launch: Launch) -> Launch:
-    """The same launch on memory of its own, so that timing it changes nothing."""
+    """The same launch on copies of its tensors, so that timing it changes nothing."""
     copies = {name: _twin(v) if isinstance(v, Tensor) else v for name, v in launch.arguments.items()}
     return replace(launch, arguments=copies)
 

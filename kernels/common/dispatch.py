@@ -20,7 +20,7 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-except ImportError:  # there is none for this system: the kernels' sources must still import
+except ImportError:  # not available on this system: the kernels' sources must still import
 
     class _NoTriton:
         """``@jit`` leaves a function as it is; it is never called."""

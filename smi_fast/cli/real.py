@@ -16,7 +16,7 @@ BATCH = 64  # images in a forward that is timed
 
 
 def check_real(mode: str, device: torch.device) -> None:
-    """Refuse a mode that is unknown, or not to be had on the device, before any work starts.
+    """Refuse a mode that is unknown, or not available on the device, before any work starts.
 
     Raises:
         ValueError: with the reason.

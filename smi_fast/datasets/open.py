@@ -36,7 +36,7 @@ def open_dataset(spec: str, train: bool = False) -> RealImages:
 def _imagenet(spec: str, root: Path) -> FolderImages:
     if not root.is_dir():
         raise FileNotFoundError(
-            f"dataset {spec!r}: {str(root)!r} is no folder; ImageNet-1k (ILSVRC2012) is to be had from image-net.org "
+            f"dataset {spec!r}: {str(root)!r} is no folder; ImageNet-1k (ILSVRC2012) is available from image-net.org "
             "after registration, and is to lie there with a folder a class, named by WordNet id"
         )
     images = FolderImages(spec, root)

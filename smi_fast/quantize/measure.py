@@ -39,7 +39,7 @@ class Timing:
 def compiled(forward: Forward, device: torch.device) -> Forward:
     """``forward`` compiled by inductor, for the shapes of its first call; on a CPU with weights as constants.
 
-    Frozen weights let inductor fold what hangs on them alone, and pack them for oneDNN. They are copies: what is
+    Frozen weights let inductor fold what depends on them alone, and pack them for oneDNN. They are copies: what is
     changed afterwards is not seen.
     """
     options: dict[str, Any] = {"freezing": True} if device.type == "cpu" else {}

@@ -26,7 +26,7 @@ SMALLER: dict[str, Any] = {"img_size": (12, 16), "patch_size": 4, "embed_dim": 1
 
 
 def invert(labels: list[int], image_ids: list[int]) -> SparseImages:
-    """Images that hang on their ids alone, as those of an `Inverter`; one of them failed."""
+    """Images that depend on their ids alone, as those of an `Inverter`; one of them failed."""
     images = make_images(image_ids[-1] + 1, GRID, names=None)[image_ids[0] :]
     images.labels[:] = torch.tensor(labels)
     images.image_ids[:] = torch.tensor(image_ids)

@@ -18,8 +18,8 @@ DTYPES = (torch.float32, *LOW)
 SEED = int(os.environ.get("SMI_FAST_TEST_SEED", 0 if DEVICE == "cpu" else int.from_bytes(os.urandom(3))))
 
 # Patch sides 4, 8, 14, 16, 32, an odd one and single pixels; square and not; one patch, a row, a column. Blocks that
-# hold several patches, one patch, and part of one; full and not. The interpreter's time goes by the number of programs,
-# so it has the smallest grids of each kind
+# hold several patches, one patch, and part of one; full and not. The interpreter's time depends on the number of
+# programs, so it gets the smallest grid of each kind
 GRIDS = (
     (
         Grid(8, 12, 4),

@@ -12,10 +12,10 @@ from tests.kernels.cases import DEVICE, SEED
 
 @pytest.fixture(scope="session", autouse=True)
 def language_patched_once() -> Iterator[None]:
-    """Triton's interpreter replaces the functions of ``triton.language`` once a launch.
+    """Have Triton's interpreter replace the functions of ``triton.language`` once per launch.
 
-    It does so again at every call of one jit function by another, to the same effect: more than half of the
-    processor time of these tests.
+    By itself it does so again whenever one jit function calls another, to the same effect. That took more than half
+    of the processor time of these tests.
     """
     if not INTERPRETED:
         yield
@@ -27,11 +27,11 @@ def language_patched_once() -> Iterator[None]:
     def once(function: Callable[..., object]) -> Any:
         module = id(function.__globals__)
         if module in done:
-            return None  # what a call within a kernel does not look at
+            return None  # a call within a kernel does not use the result
         done.add(module)
         scope = patch_language(function)
         restore = scope.restore
-        scope.restore = lambda: (restore(), done.clear())  # the launch's own, when it ends
+        scope.restore = lambda: (restore(), done.clear())  # called by the launch when it ends
         return scope
 
     with pytest.MonkeyPatch.context() as patch:
@@ -41,9 +41,9 @@ def language_patched_once() -> Iterator[None]:
 
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Larger blocks under the interpreter, whose time goes by the number of programs: for tests of what runs kernels.
+    """Use larger blocks under the interpreter, whose time depends on the number of programs.
 
-    The tests of the kernels themselves keep to the pinned configurations.
+    For tests of code that calls the kernels; those of the kernels themselves use the pinned configurations.
     """
     if INTERPRETED:
         for op in ("adam_update", "total_variation"):

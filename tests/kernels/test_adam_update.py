@@ -73,7 +73,7 @@ def copied(args: Arguments) -> Arguments:
     return (target, *args[1:])
 
 
-# `image` and `batch` are one kernel, and the update alone is a part of it
+# `image` and `batch` are one kernel, and the update without total variation is a part of it
 @pytest.mark.parametrize(
     ("grid", "tv"),
     [(grid, tv) for tv in TERMS for grid in (GRIDS if tv and tv.norm != "batch" else FEW)],

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.kernel
 NORMS: tuple[TVNorm, ...] = ("pixel", "image", "batch")
 
 
-# `image` and `batch` are one kernel; the lengths it reads are worked out in plain torch
+# `image` and `batch` are one kernel; the lengths it reads are computed in plain torch
 @pytest.mark.parametrize(
     ("grid", "norm"), [(grid, norm) for norm in NORMS for grid in (FEW if norm == "batch" else GRIDS)], ids=label
 )
