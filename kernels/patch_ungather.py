@@ -8,8 +8,8 @@ is covered by at most one of them, and every pixel looks up its own: no atomics,
 pixel is never written.
 
 Bytes: ungather reads each kept pixel's gradient once and writes it once, ``s + 4`` bytes per value for a compute dtype
-of ``s`` bytes; scatter writes the whole canvas. In the engine's step on CUDA no ungather runs of its own: ``adam_update``
-reads the windows' gradient where it needs it.
+of ``s`` bytes; scatter writes the whole canvas. In the engine's step on CUDA no ungather runs of its own:
+``adam_update`` reads the windows' gradient where it needs it.
 """
 
 import torch

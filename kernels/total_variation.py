@@ -13,7 +13,8 @@ that count. Under ``batch`` an image's value is its share, ``sum_d S_bd / sqrt(s
 images add up to the norm. Where a norm is 0 its gradient is taken as 0.
 
 Bytes: reads each updated pixel and a one-pixel halo once (its eight neighbours are in the cache) and writes each
-gradient once: 8 bytes per value in float32. ``image`` and ``batch`` read the pixels once more beforehand, for the sums. In the engine's step on CUDA the gradient is taken inside ``adam_update``, and is never written.
+gradient once: 8 bytes per value in float32. ``image`` and ``batch`` read the pixels once more beforehand, for the sums.
+In the engine's step on CUDA the gradient is taken inside ``adam_update``, and is never written.
 """
 
 from collections.abc import Iterator

@@ -70,7 +70,7 @@ def test_the_step_neither_waits_nor_allocates(model: SparseViT, impl: str) -> No
 @pytest.mark.parametrize("impl", ["eager", "compiled"])
 @torch.no_grad()
 def test_captured_iterations_equal_single_ones(model: SparseViT, impl: str) -> None:
-    # what depends on a host value (a shift, a rate, an iteration) would be frozen in a capture, and replays would differ
+    # a capture freezes what depends on a host value (a shift, a rate, an iteration), and replays would differ
     group = at_second_stage(model)
     built = build_step(model, CONFIG)
     step = compile_step(built, group) if impl == "compiled" else built
