@@ -65,7 +65,7 @@ lint: setup
 
 # the sources are read, not imported, and nothing is fetched while the pages are built
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 	@echo "open site/index.html, or for its search: python3 -m http.server --directory site"
 
 $(VENV)/.docs: $(VENV)/.ready
