@@ -35,7 +35,7 @@ def test_every_plugin_of_ours_has_defaults_and_comes_back() -> None:
     assert "stops" in plugins.names("strategy")
     for kind in ("prior", "strategy"):
         for name in plugins.names(kind):  # type: ignore[arg-type]
-            if not name.startswith("test_"):
+            if plugins.lookup(kind, name).factory.__module__.startswith("smi_fast."):  # type: ignore[arg-type]
                 made = plugins.create(kind, name, {})  # type: ignore[arg-type]
                 assert plugins.from_json(kind, plugins.to_json(made)) == made  # type: ignore[arg-type]
 

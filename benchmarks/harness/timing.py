@@ -85,7 +85,7 @@ def take_turns(
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second of a large copy on the device, read and written, median of 20."""
+    """Bytes per second of a large copy on the device, read and written, median of 20."""
     size = 2**30 if device != "cpu" else 2**27
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

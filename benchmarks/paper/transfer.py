@@ -125,7 +125,7 @@ def pool_of(source: Source, images: Images) -> ImageSet:
 def transfer_table(rows: list[Row]) -> str:
     """Top-1 of students by what they learned from, a column a number of images."""
     sizes = sorted({int(row["images"]) for row in rows})
-    columns = ["student", "images", *(f"{size} images" for size in sizes), "same kind", "s an image to invert"]
+    columns = ["student", "images", *(f"{size} images" for size in sizes), "same kind", "s per image to invert"]
     lines = []
     for student, kind in groups(rows):
         mine = [row for row in rows if (row["student"], row["kind"]) == (student, kind)]

@@ -159,7 +159,7 @@ def engine_table(rows: list[Row]) -> str:
         f"Medians of {first['rounds']} rounds in which the systems "
         "took turns (20th to 80th percentile in brackets); the input gradients of all rows were compared first."
     )
-    columns = ["system", "dtype", "patches", "ms an iteration", "image-iterations/s", "over published", "peak memory"]
+    columns = ["system", "dtype", "patches", "ms per iteration", "image-iterations/s", "over published", "peak memory"]
     cells = []
     for line in rows:
         milliseconds = f"{line['ms_p50']} ({line['ms_p20']} to {line['ms_p80']})"

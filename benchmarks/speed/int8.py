@@ -162,7 +162,16 @@ def int8_table(rows: list[Row]) -> str:
         f"Medians of {' and '.join(sorted({row['rounds'] for row in rows}))} rounds in which the "
         "rows of a model took turns (20th to 80th percentile in brackets); SQNR is that of the logits against float32."
     )
-    columns = ["model", "tokens", "row", "ms a forward", "over fp32 eager", "over fp32 compiled", "SQNR dB", "file MB"]
+    columns = [
+        "model",
+        "tokens",
+        "row",
+        "ms per forward",
+        "over fp32 eager",
+        "over fp32 compiled",
+        "SQNR dB",
+        "file MB",
+    ]
     lines = []
     for row in rows:
         ratios = [f"{row[f'over_fp32_{way}_p50']}x" if row[f"over_fp32_{way}_p50"] else "" for way in WAYS]

@@ -50,7 +50,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Line:
-    """One part's row of the table; times in milliseconds a step."""
+    """One part's row of the table; times in milliseconds per step."""
 
     part: Part
     calls: float
@@ -134,7 +134,7 @@ def largest_gaps(lines: Iterable[Line]) -> list[str]:
     for line in sorted(lines, key=lambda line: -line.gap_ms)[:3]:
         floor = f"above its floor of {line.floor_ms:.3f} ms, which its {line.bound} set"
         where = f"{line.gap_ms:.3f} ms {floor}" if line.floor_ms else "which has no floor"
-        found.append(f"{line.part}: {line.ms:.3f} ms a step ({line.share:.0%}), {where}")
+        found.append(f"{line.part}: {line.ms:.3f} ms per step ({line.share:.0%}), {where}")
     return found
 
 
@@ -148,7 +148,7 @@ def kernel_table(calls: list[Call], attribution: Attribution, steps: int, top: i
             count[call.name] += 1
             parts[call.name].add(str(attribution.part_of(call)))
     total = sum(us.values())
-    lines = [f"{'ms a step':>10} {'share':>6} {'calls':>7}  kernel [parts]"]
+    lines = [f"{'ms per step':>10} {'share':>6} {'calls':>7}  kernel [parts]"]
     for name in sorted(us, key=lambda name: -us[name])[:top]:
         ms, calls_a_step = us[name] / steps / 1e3, count[name] / steps
         where = "; ".join(sorted(parts[name]))
@@ -161,7 +161,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("profile", __doc__)
     for name in ("device", "model", "batch"):
         parser.share(name)
-    parser.add_argument("--kept", type=positive, default=None, help="patches an image; the paper's last stage if unset")
+    parser.add_argument(
+        "--kept", type=positive, default=None, help="patches per image; the paper's last stage if unset"
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--impl", choices=("eager", "compiled"), default="compiled")
     parser.share("steps", default=10, help="that are looked at")

@@ -216,7 +216,7 @@ def plot(rows: list[Row], path: Path) -> None:
         rate = quantile([w / m for w, m in zip(work, ms, strict=True)], 0.5)
         panel.loglog(values, ms, "o-", label=f"measured, {measured:.2f}")
         panel.loglog(values, [w / rate for w in work], "--", label=f"FLOPs, {predicted:.2f}")
-        panel.set(xlabel=axis, title=f"{some[0]['impl']} {some[0]['dtype']}", ylabel="ms an iteration")
+        panel.set(xlabel=axis, title=f"{some[0]['impl']} {some[0]['dtype']}", ylabel="ms per iteration")
         panel.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -270,7 +270,7 @@ def scaling_table(rows: list[Row]) -> str:
         f"Medians of at least {min(int(row['rounds']) for row in rows)} rounds in which the points of an axis took "
         "turns; losses were checked first."
     )
-    columns = ["axis", "from", "to", "points", "ms an iteration", "GFLOP/s", "measured exponent", "predicted"]
+    columns = ["axis", "from", "to", "points", "ms per iteration", "GFLOP/s", "measured exponent", "predicted"]
     cells = []
     for axis, (measured, predicted) in exponents(rows).items():
         some = [row for row in rows if row["axis"] == axis]

@@ -16,7 +16,7 @@ Arguments = dict[str, Tensor | int | float | None]
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut up: ``block`` elements a program (see each kernel), ``warps`` of 32 threads."""
+    """How a kernel is cut up: ``block`` elements per program (see each kernel), ``warps`` of 32 threads."""
 
     block: int
     warps: int

@@ -46,7 +46,7 @@ def load_recipe(path: Path) -> Saved:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"--recipe {str(path)!r}: no JSON: {error}") from None
+        raise ValueError(f"--recipe {str(path)!r}: is not JSON: {error}") from None
     if not isinstance(content, dict) or "recipe" not in content:
         return Saved(_config(path, content))
     config, model = _config(path, content["recipe"]), content.get("model", {})

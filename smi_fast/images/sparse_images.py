@@ -168,7 +168,7 @@ class SparseImages:
                 shape, wanted = getattr(part, name).shape[1:], getattr(first, name).shape[1:]
                 if shape != wanted:
                     raise ValueError(
-                        f"parts[{i}].{name} is {list(shape)} an image: must be as parts[0], {list(wanted)}"
+                        f"parts[{i}].{name} is {list(shape)} per image: must be as parts[0], {list(wanted)}"
                     )
         joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
         return replace(first, **joined)
@@ -201,7 +201,7 @@ class SparseImages:
         )
 
     def save_pngs(self, folder: str | Path, dropped: Dropped = "black", overwrite: bool = False) -> list[Path]:
-        """Write one PNG an image, ``{image_id:06d}_{label name}.png``, for looking at.
+        """Write one PNG per image, ``{image_id:06d}_{label name}.png``, for looking at.
 
         Args:
             folder: made if need be.
@@ -234,7 +234,7 @@ class SparseImages:
 
 def _check_keep(keep: Tensor, patches: int) -> None:
     if not 1 <= keep.shape[1] <= patches:
-        raise ValueError(f"keep has K={keep.shape[1]} ids an image: must be 1..{patches}, the patches of the image")
+        raise ValueError(f"keep has K={keep.shape[1]} ids per image: must be 1..{patches}, the patches of the image")
     outside = (keep < 0) | (keep >= patches)
     if outside.any():
         raise ValueError(f"keep has the id {keep[outside][0].item()}: ids must lie in 0..{patches - 1}")

@@ -295,6 +295,6 @@ class SparseViT(nn.Module):
                 f"keep of shape {tuple(keep.shape)} and {keep.dtype}: must be int64 [B, K] with B={pixels.shape[0]}"
             )
         if not 1 <= keep.shape[1] <= self.grid.patches:
-            raise ValueError(f"keep holds {keep.shape[1]} patches an image: must be 1..{self.grid.patches}")
+            raise ValueError(f"keep holds {keep.shape[1]} patches per image: must be 1..{self.grid.patches}")
         if not torch.compiler.is_compiling():
             check_ids("keep", keep, self.grid.patches)

@@ -45,7 +45,7 @@ class Tuned:
 
     key: Key
     batches: tuple[int, ...]  # of each stage; each divides the largest
-    gain: float  # predicted images a second, relative to the default batch
+    gain: float  # predicted images per second, relative to the default batch
     timings: tuple[dict[int, float], ...] = ()  # of each stage: seconds of one iteration by batch
     attention: dict[int, str] = field(default_factory=dict)  # choice of `attention` by number of tokens
 

@@ -245,6 +245,9 @@ def test_captures_do_most_of_the_work(make_model: MakeModel, monkeypatch: pytest
     runner.load(group, 0)
     assert [runner.advance(25), runner.advance(15), runner.advance(5)] == [UNROLLED, UNROLLED, 1]
     assert runner.advance(50) == 1, "after an odd step the canvases are not where the capture expects them"
+    assert runner.advance(1) == 1
+    runner.load(group, 0)
+    assert runner.advance(50) == UNROLLED, "new images find the canvases in place"
     assert runner.advance(50) == UNROLLED
 
 
@@ -286,7 +289,7 @@ def test_the_same_bytes_each_time(make_model: MakeModel, deterministic: bool) ->
 
 
 @pytest.mark.compiled
-def test_inductor_compiles_each_bucket_once_and_dynamo_none(
+def test_inductor_compiles_a_bucket_once_and_dynamo_none(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if why_not_compile("cpu"):
@@ -302,10 +305,10 @@ def test_inductor_compiles_each_bucket_once_and_dynamo_none(
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = make_model(torch.float32, depth=1)
-    config = InversionConfig(iterations=6, stops=((3, 0.3),), jitter=0.3, seed=5)
+    config = InversionConfig(iterations=4, stops=(), jitter=0.3, seed=5)  # a bucket costs 15 s
     inverter = Inverter(model, config, batch_size=2, impl="compiled")
     one, other = inverter([0, 1, 2, 3]), inverter([0, 1, 2, 3])
-    assert len(calls) == len(inverter.stages) == 2
+    assert len(calls) == len(inverter.runners.met) == 1, "two batches of one shape, twice"
     assert inverter.stats.seconds_compile > 0
     assert not torch._dynamo.utils.counters["stats"], "no guards, no recompilation, no way back to eager"
     for name in ("pixels", "keep", "confidence"):

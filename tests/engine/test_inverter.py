@@ -176,6 +176,29 @@ def test_a_nan_stops_that_image_alone(make_model: MakeModel, iteration: int) -> 
         assert torch.equal(hurt.pixels[1], start_canvas(5, [1], model.grid)[0])
 
 
+@register("prior", "test_steep")
+@dataclass(frozen=True)
+class Steep:
+    """A value of 0 whose gradient is not a number, at the windows or at the pixels, for the image of label 1."""
+
+    at: str
+    weight: float = 1.0
+
+    def __call__(self, view: View) -> Tensor:
+        flat = (0 * getattr(view, self.at).flatten(1)).sum(1)
+        return torch.where(view.labels == 1, flat, 1.0).sqrt()
+
+
+@pytest.mark.parametrize("at", ["windows", "patches"])
+def test_a_gradient_that_is_not_finite_stops_that_image_alone(make_model: MakeModel, at: str) -> None:
+    model = make_model()
+    hurt = invert(model, [0, 1, 2], replace(CONFIG, priors=(*CONFIG.priors, Steep(at))))
+    assert hurt.failed_at.tolist() == [-1, 0, -1]
+    assert hurt.pixels.isfinite().all()
+    others = torch.tensor([0, 2])
+    assert_same(invert(model, [0, 1, 2])[others], hurt[others])
+
+
 @register("prior", "test_quiet")
 @dataclass(frozen=True)
 class Quiet:

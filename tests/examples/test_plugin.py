@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from smi_fast import InversionConfig, SparseImages
+from smi_fast import SparseImages, plugins
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "examples" / "smi_fast_example_plugin"
@@ -69,17 +70,27 @@ def test_they_are_recorded_and_make_the_same_images_again(installed: Path, run: 
 
 
 def test_without_the_package_images_load_and_the_message_names_it(run: Path, tmp_path: Path) -> None:
-    images = SparseImages.load(run / "images.safetensors")  # this process does not know the package
-    assert len(images) == 2
-    with pytest.raises(ValueError, match=r"'contrast': is not registered.*install that package"):
-        InversionConfig.from_dict(images.provenance.config)
+    shown = smi_fast("show", str(run), "--out", str(tmp_path))  # loads the images and draws them
+    assert shown.returncode == 0, shown.stderr
     again = smi_fast("invert", "--recipe", str(run / "images.safetensors"), "--out", str(tmp_path / "o"))
     assert again.returncode == 2
     assert "it came from smi_fast_example_plugin: install that package, or load it with --plugin" in again.stderr
     assert not (tmp_path / "o").exists()
 
 
-def test_a_module_is_loaded_by_name() -> None:
-    listed = smi_fast("list", "priors", "--plugin", "smi_fast_example_plugin", path=PACKAGE)
-    assert listed.returncode == 0, listed.stderr
-    assert "contrast" in listed.stdout
+def test_a_module_is_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PACKAGE)
+    plugins.load_plugin("smi_fast_example_plugin")
+    assert "contrast" in plugins.names("prior")
+    assert "centre" in plugins.names("strategy")
+
+
+def test_contrast_is_that_of_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PACKAGE)
+    plugins.load_plugin("smi_fast_example_plugin")
+    patches = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    value = plugins.create("prior", "contrast", {})(SimpleNamespace(patches=patches))
+    expected = [-sum(float(p[c].std(correction=0)) for p in image for c in range(3)) / 15 for image in patches.detach()]
+    assert value.tolist() == pytest.approx(expected)
+    (gradient,) = torch.autograd.grad(value.sum(), patches)
+    assert gradient.abs().max() > 0
