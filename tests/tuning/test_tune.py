@@ -1,7 +1,6 @@
 """Batches by measurement: which are tried, which is chosen, and how the choice is kept."""
 
 import json
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +16,6 @@ import smi_fast.engine.timing as timing_module
 import smi_fast.tuning.attention as attention_module
 import smi_fast.tuning.measure as tune_module
 from smi_fast import SparseImages
-from smi_fast.cli import main
 from smi_fast.config import InversionConfig
 from smi_fast.engine.runner import Runner
 from smi_fast.kernels.common.grid import Grid
@@ -26,6 +24,7 @@ from smi_fast.model.spec import ViTShape
 from smi_fast.tuning.measure import StageTimes, candidates, choose, seconds_per_image, tune
 from smi_fast.tuning.settings import Settings
 from smi_fast.tuning.store import Key, Tuned, all_tuned, key_of, lookup, save, tuned_path
+from tests.cli.test_cli import run
 
 MakeModel = Callable[..., SparseViT]
 DEIT_BASE = ViTShape(Grid(224, 224, 16), 768, 12, 12, 64, 3072, 1, 1, 1000)
@@ -272,17 +271,6 @@ def test_choices_are_applied_where_none_was_made(make_model: MakeModel) -> None:
     model.choose_attention(9, "math")
     Settings((1,), "tuned", "eager", {13: "plain", 9: "plain"}).apply(model)
     assert model.attention_choices == {9: "math", 13: "plain"}
-
-
-def run(*arguments: str, code: int = 0) -> None:
-    """Run ``smi-fast`` in this process."""
-    old, sys.argv = sys.argv, ["smi-fast", *arguments]
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert (stopped.value.code or 0) == code
-    finally:
-        sys.argv = old
 
 
 def test_tuned_batches_are_used(
