@@ -180,8 +180,8 @@ def test_traced_graph_equals_eager(make_model: MakeModel, preset: Any, options: 
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_step_equals_eager(make_model: MakeModel, dtype: torch.dtype) -> None:
+def test_compiled_step_equals_eager(make_model: MakeModel) -> None:
+    dtype = torch.bfloat16  # its casts are code of their own; test_batches compiles float32
     if why_not_compile("cpu"):
         pytest.skip(f"inductor does not work here: {why_not_compile('cpu')}")
     model, config = make_model(dtype, depth=1), InversionConfig(**SHORT)  # a second block adds minutes, and no new code

@@ -42,9 +42,9 @@ def test_it_is_scaled_dot_product_attention(tokens: int, scale: float | None) ->
 
 def test_gradcheck() -> None:
     leaves = [part.detach().requires_grad_() for part in parts_of(packed_of())]
-    assert torch.autograd.gradcheck(tile_attention, leaves)
-    assert torch.autograd.gradcheck(op, leaves)
-    assert torch.autograd.gradcheck(packed_op, (packed_of().requires_grad_(),))
+    assert torch.autograd.gradcheck(tile_attention, leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(op, leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(packed_op, (packed_of().requires_grad_(),), fast_mode=True)
 
 
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (1, 2)])
