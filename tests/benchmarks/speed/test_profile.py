@@ -89,8 +89,9 @@ def test_most_of_an_eager_step_is_told(make_model: MakeModel) -> None:
 
 
 @pytest.mark.compiled
-@pytest.mark.skipif(why_not_compile("cpu") is not None, reason="no compiler here")
 def test_compiled_kernels_find_their_parts(make_model: MakeModel) -> None:
+    if why_not_compile("cpu"):  # asked here: at the import of this file it would use the user's own cache
+        pytest.skip(f"inductor does not work here: {why_not_compile('cpu')}")
     found, attribution = profiled(make_model(torch.float32), "compiled")
     lines = check_table(found, attribution)
     assert linear_calls(lines) == dict.fromkeys(linear_calls(lines), 2.0)
