@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from smi_fast import SparseImages, plugins
+from smi_fast.cli import app
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "examples" / "smi_fast_example_plugin"
@@ -69,12 +71,19 @@ def test_they_are_recorded_and_make_the_same_images_again(installed: Path, run: 
     assert middle.max() < 4.7**2, "the corners are gone"
 
 
-def test_without_the_package_images_load_and_the_message_names_it(run: Path, tmp_path: Path) -> None:
-    shown = smi_fast("show", str(run), "--out", str(tmp_path))  # loads the images and draws them
-    assert shown.returncode == 0, shown.stderr
-    again = smi_fast("invert", "--recipe", str(run / "images.safetensors"), "--out", str(tmp_path / "o"))
-    assert again.returncode == 2
-    assert "it came from smi_fast_example_plugin: install that package, or load it with --plugin" in again.stderr
+def test_without_the_package_images_load_and_the_message_names_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [("prior", "contrast"), ("strategy", "centre")]:  # another test may have loaded them
+        monkeypatch.delitem(plugins._by_name, name, raising=False)
+    shown = CliRunner().invoke(app, ["show", str(run), "--out", str(tmp_path)])  # loads the images and draws them
+    assert shown.exit_code == 0, shown.stderr
+    again = CliRunner().invoke(
+        app, ["invert", "--recipe", str(run / "images.safetensors"), "--out", str(tmp_path / "o")]
+    )
+    assert isinstance(again.exception, ValueError)
+    wanted = "it came from smi_fast_example_plugin: install that package, or load it with --plugin"
+    assert wanted in str(again.exception)
     assert not (tmp_path / "o").exists()
 
 

@@ -81,13 +81,10 @@ def test_same_losses_and_scores_after_a_stop(
     torch.testing.assert_close(ours.scores, plain.scores, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiled)])
+@pytest.mark.compiled
 @torch.no_grad()
-def test_compiled_step_equals_eager(
-    make_model: Callable[..., SparseViT], backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if backend == "inductor" and why_not_compile(DEVICE):
-        pytest.skip(f"inductor does not work here: {why_not_compile(DEVICE)}")
+def test_compiled_step_equals_eager(make_model: Callable[..., SparseViT], monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = "aot_eager" if why_not_compile(DEVICE) else "inductor"
     model = make_model(torch.float32).to(DEVICE)
     monkeypatch.setenv(KERNELS_VARIABLE, "triton")
     state = fresh(model, SHORT, [0, 3, 4], [7, 0, 2])
