@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # a module may import from its own layer and those before it
 LAYERS = (
     ("kernels",),
-    ("checks", "config", "plugins", "schedule", "storage"),
+    ("checks", "config", "device", "plugins", "schedule", "storage"),
     ("model",),
     ("method", "images"),
     ("tuning",),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.config import InversionConfig
+from smi_fast.device import current, out_of_memory
 from smi_fast.engine.batches import Batches, Group, cut_groups
 from smi_fast.engine.observe import LossReader, Progress, Snapshots
 from smi_fast.engine.randomness import Draws, deterministic_algorithms, draw
@@ -97,6 +98,10 @@ class Inverter:
         self._batches = Batches(settings.batches, config.couples_batch)
 
     @property
+    def _switches_determinism(self) -> bool:
+        return self.deterministic and self.model.device.type == "cuda"
+
+    @property
     def batches(self) -> tuple[int, ...]:
         """The largest batch of each stage; lower than what was asked for, where memory ran out."""
         return self._batches.limits
@@ -168,7 +173,8 @@ class Inverter:
 
     def _draw(self, group: Group) -> Draws:
         """The random numbers of a group; runs in a thread of its own."""
-        return draw(self.config, group.image_ids, self.model.grid, self.model.device.type == "cuda")
+        with current(self.model.device):  # pinned memory belongs to a device
+            return draw(self.config, group.image_ids, self.model.grid, self.model.device.type == "cuda")
 
     @torch.no_grad()
     def _invert(self, group: Group, drawn: Future[Draws]) -> SparseImages:
@@ -177,15 +183,18 @@ class Inverter:
         size, batches = self._batches.of(group)
         begin, compiled_before = time.perf_counter(), self.runners.seconds_compile
         try:
-            with deterministic_algorithms(self.deterministic and self.model.device.type == "cuda"):
+            with current(self.model.device), deterministic_algorithms(self._switches_determinism):
                 state = self._run_stages(self._start(group, drawn.result(), size), group, batches)
                 images = self._finish(state, group, batches[-1])
-        except torch.OutOfMemoryError as error:
+                stage_seconds = group.clock.seconds()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             limits = self.batches if len(set(self.batches)) > 1 else self.batches[0]
             raise MemoryError(
                 f"out of device memory at batch_size={limits}; a smaller batch size needs less: {error}"
             ) from error
-        for number, seconds in group.clock.seconds():
+        for number, seconds in stage_seconds:
             self.stats.stage_seconds[number] += seconds
         self.stats.seconds_compile = self.runners.seconds_compile
         self.stats.seconds_run += time.perf_counter() - begin - (self.stats.seconds_compile - compiled_before)
@@ -231,8 +240,8 @@ class Inverter:
             runner.load(state, start)
             with group.clock.stage(number, self.model.device):
                 self._iterate(runner, start, number, work)
-        except torch.OutOfMemoryError:
-            if batches[number] == 1 or self.config.couples_batch:
+        except Exception as error:
+            if not out_of_memory(error) or batches[number] == 1 or self.config.couples_batch:
                 raise
             return False
         runner.store(state, start)

@@ -7,7 +7,7 @@ drawn on the host before its first step, while the device works on the images be
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -76,10 +76,17 @@ def jitter_table(config: InversionConfig, image_ids: Sequence[int], grid: Grid) 
 
 @contextlib.contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Turn PyTorch's switch on for a while; it is one switch for the whole process."""
-    before = torch.are_deterministic_algorithms_enabled()
+    """Turn PyTorch's switch on for a while; it is one switch for the whole process.
+
+    PyTorch would then fill all memory that it hands out with NaN, one kernel for each tensor. Our ops write every value
+    that they return, so this is left out.
+    """
+    memory: Any = torch.utils.deterministic
+    before, fills = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(before or wanted)
+    memory.fill_uninitialized_memory = fills and not wanted
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        memory.fill_uninitialized_memory = fills

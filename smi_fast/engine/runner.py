@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from smi_fast.config import InversionConfig
+from smi_fast.device import current, side_stream
 from smi_fast.engine.compiler import compile_step
 from smi_fast.engine.state import State
 from smi_fast.engine.step import build_step
@@ -36,7 +37,9 @@ class Bucket(NamedTuple):
 class Runner:
     """Runs a step on static buffers: load images, advance, store them.
 
-    On CUDA ``UNROLLED`` iterations are one launch of a captured graph; what is left over is launched step by step.
+    On CUDA ``UNROLLED`` iterations are one launch of a captured graph. What is left over at the end of a stage, or
+    before a snapshot, is replayed one by one, from captures that are made when they are first needed. So all
+    iterations work in the memory of the captures.
 
     Args:
         step: one iteration, in place on a `State`.
@@ -45,10 +48,14 @@ class Runner:
     """
 
     def __init__(self, step: Function, example: State, pool: Any) -> None:
-        self._step = step
+        self._step, self._pool = step, pool
         self.state = example.clone()
         self.state.turned = False
-        self._replay = None if pool is None else capture(step, self.state, pool)
+        # by how many iterations they do, and whether the canvases have changed places: a capture knows which it reads
+        self._captured: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        if pool is not None:
+            warm_up(step, self.state)
+            self._graph(UNROLLED)
         self._launched: deque[torch.cuda.Event] = deque()
 
     def load(self, group: State, start: int) -> None:
@@ -62,59 +69,71 @@ class Runner:
     def advance(self, most: int) -> int:
         """Run one or more iterations, up to ``most``; returns how many. On CUDA they are launched, not waited for."""
         done = 1
-        # a capture knows which canvas is read first
-        if self._replay is not None and most >= UNROLLED and not self.state.turned:
-            self._replay()
-            done = UNROLLED
-        else:
+        if self._pool is None:
             self._step(self.state)
+        else:
+            done = UNROLLED if most >= UNROLLED and not self.state.turned else 1
+            self._graph(done).replay()
+            if done % 2 and self.state.spare is not None:
+                self.state.turn()
         self._throttle()
         return done
+
+    def _graph(self, iterations: int) -> torch.cuda.CUDAGraph:
+        """The capture of so many iterations from where the canvases are."""
+        key = (iterations, self.state.turned)
+        if key not in self._captured:
+            self._captured[key] = capture(self._step, self.state, iterations, self._pool)
+        return self._captured[key]
 
     def _throttle(self) -> None:
         """Let the host wait for a launch that is some way back; the device never runs dry of work."""
         if not self.state.canvas.is_cuda:
             return
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.state.canvas.device))
         self._launched.append(event)
         if len(self._launched) > IN_FLIGHT:
             self._launched.popleft().synchronize()
 
 
-def capture(step: Function, state: State, pool: Any) -> Callable[[], None]:
-    """Capture ``UNROLLED`` iterations on the buffers of ``state``, whose contents are lost.
+def warm_up(step: Function, state: State) -> None:
+    """Run a step as a capture will, on the stream of captures; the contents of ``state`` are lost.
 
-    The step runs on a side stream first: what a first call sets up (modules, workspaces) does not belong into a
-    capture, and fails or replays wrong there.
+    What a first call sets up (modules, workspaces) does not belong into a capture, and fails or replays wrong there.
+    """
+    device = state.canvas.device
+    stream, outside = side_stream(device), torch.cuda.current_stream(device)
+    state.iteration.zero_()
+    stream.wait_stream(outside)
+    with current(device), torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step(state)
+            state.iteration.zero_()
+    outside.wait_stream(stream)
+
+
+def capture(step: Function, state: State, iterations: int, pool: Any) -> torch.cuda.CUDAGraph:
+    """Capture iterations on the buffers of ``state``; nothing runs, and its contents and the canvases' places stay.
 
     Args:
-        step: one iteration; waits for nothing and reads no host value that changes.
+        step: one iteration, which was warmed up; waits for nothing and reads no host value that changes.
         state: static buffers, which each replay reads and writes.
+        iterations: how many a replay does. After an odd number the canvases have changed places.
         pool: memory that captures share, from ``torch.cuda.graph_pool_handle``; they never run side by side.
-
-    Returns:
-        A function that launches the captured iterations.
 
     Raises:
         RuntimeError: the step waits for the device, or does something else that cannot be captured.
     """
-    device = state.canvas.device
-    state.iteration.zero_()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            step(state)
-            state.iteration.zero_()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    device, turned, graph = state.canvas.device, state.turned, torch.cuda.CUDAGraph()
     # a consumer of finished images may go on allocating in its own thread meanwhile
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        for _ in range(UNROLLED):
+    options = {"pool": pool, "stream": side_stream(device), "capture_error_mode": "thread_local"}
+    with current(device), torch.cuda.graph(graph, **options):
+        for _ in range(iterations):
             step(state)
-    assert not state.turned
-    return graph.replay
+    if state.turned != turned:
+        state.turn()
+    return graph
 
 
 @dataclass(frozen=True)
@@ -132,10 +151,10 @@ class Runners:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.seconds_compile = 0.0  # tracing, compiling, and the first run or capture
+        self.seconds_compile = 0.0  # tracing, compiling, the first run, and the captures
         self._runners: dict[Bucket, Runner] = {}
-        captures = source.graphs and source.model.device.type == "cuda"
-        self._memory = torch.cuda.graph_pool_handle() if captures else None
+        self._captures = source.graphs and source.model.device.type == "cuda"
+        self._pool: Any = None
 
     @property
     def met(self) -> frozenset[Bucket]:
@@ -150,23 +169,30 @@ class Runners:
         """The runner of ``batch`` images of ``state``, built where there is none yet.
 
         Raises:
-            torch.OutOfMemoryError: it does not fit on the device.
-            Exception: what inductor raises where a step does not compile.
+            Exception: it does not fit on the device, see `smi_fast.device.out_of_memory`; or what inductor raises where
+                a step does not compile.
         """
         bucket = Bucket(batch, state.keep.shape[1])
         if bucket not in self._runners:
             begin = time.perf_counter()
-            example = state.rows(start, batch)
-            self._runners[bucket] = Runner(self._build(example), example, self._memory)
-            if self.source.compiled:
+            with current(self.source.model.device):
+                self._runners[bucket] = self._make(state.rows(start, batch))
+            if self.source.compiled or self._captures:
                 self.seconds_compile += time.perf_counter() - begin
         return self._runners[bucket]
+
+    def _make(self, example: State) -> Runner:
+        if self._captures and not self._runners:  # a pool ends with the last capture in it, and takes no more
+            self._pool = torch.cuda.graph_pool_handle()
+        return Runner(self._build(example), example, self._pool)
 
     def drop(self, bucket: Bucket) -> None:
         """Forget a bucket and the memory it holds."""
         self._runners.pop(bucket, None)
-        if self.source.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        device = self.source.model.device
+        if device.type == "cuda":
+            with current(device):
+                torch.cuda.empty_cache()
 
     def _build(self, example: State) -> Function:
         """The step for the shapes of ``example``; each bucket gets a function of its own."""

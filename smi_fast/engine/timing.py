@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from smi_fast.config import InversionConfig
+from smi_fast.device import wait
 from smi_fast.engine.randomness import draw
 from smi_fast.engine.runner import UNROLLED, Bucket, Runner, Runners, Source
 from smi_fast.engine.state import State, new_state
@@ -33,7 +34,7 @@ class StageTimer:
         """Build and warm up the runner of a bucket; returns what measures the seconds of one iteration.
 
         Raises:
-            torch.OutOfMemoryError: it does not fit on the device.
+            Exception: it does not fit on the device, see `smi_fast.device.out_of_memory`.
         """
         state = state_at(self.model, self.config, kept, batch)
         runner = self.runners.of(state, 0, batch)
@@ -69,14 +70,9 @@ def _warm_up(runner: Runner, state: State) -> int:
 def _seconds(runner: Runner, state: State, iterations: int) -> float:
     """Of one iteration, over so many."""
     runner.load(state, 0)
-    _wait(state.canvas.device)
+    wait(state.canvas.device)
     begin, done = time.perf_counter(), 0
     while done < iterations:
         done += runner.advance(iterations - done)
-    _wait(state.canvas.device)
+    wait(state.canvas.device)
     return (time.perf_counter() - begin) / done
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

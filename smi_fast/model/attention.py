@@ -1,6 +1,6 @@
 """Self-attention without a mask, and what computes it.
 
-    "flash", "efficient", "math"  PyTorch's ``scaled_dot_product_attention``, held to that back end
+    "flash", "efficient", "math"  PyTorch's own, each called by its name
     "tile"                        the kernel of `tile_attention`, for few tokens; in plain torch on a CPU
     "plain"                       written out, with the whole matrix of weights
 
@@ -9,11 +9,15 @@ each number of tokens, see `SparseViT.choose_attention`), else the device and dt
 
     CPU                         "plain"
     CUDA, 16 bits               `CHOICES`, where that back end runs
-    CUDA otherwise              what PyTorch takes of flash, efficient and math
+    CUDA otherwise              "efficient" where it runs, else "math"
 
 The backward of "tile", "math" and "plain" takes its sums in the same order each time. On a GPU those of "flash" and
 "efficient" add with atomics, and differ in the last bits from run to run, unless
 ``torch.use_deterministic_algorithms`` is on.
+
+``F.scaled_dot_product_attention`` is not used: what it takes is decided by switches of the whole process
+(``sdpa_kernel`` sets them), and another thread that attends meanwhile would be refused. On Hopper it takes cuDNN,
+whose backward returned NaN at these lengths in torch 2.11.
 """
 
 import math
@@ -22,24 +26,16 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smi_fast.kernels.common.dispatch import why_not_triton
 from smi_fast.kernels.tile_attention import packed_tile_attention, parts_of, tile_attention, unsupported
 
 ATTENTION_VARIABLE = "SMI_FAST_ATTENTION"
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-# cuDNN is left out: its backward returned NaN at these lengths in torch 2.11.
-CUDA_BACKENDS = list(BACKENDS.values())
-NAMES = (*BACKENDS, "tile", "plain")
+NAMES = ("flash", "efficient", "math", "tile", "plain")
 # Up to so many tokens, in 16 bits on CUDA. No entry was timed on a device yet.
 CHOICES = ((64, "flash"), (128, "flash"), (256, "flash"), (math.inf, "flash"))
 AMPERE = (8, 0)
-MOST_FLASH_WIDTH = 256
+MOST_FLASH_WIDTH, FLASH_MULTIPLE = 256, 8
 
 
 def why_not(name: str, query: Tensor) -> str | None:
@@ -88,8 +84,8 @@ def require(source: str, name: str, query: Tensor) -> None:
         raise ValueError(f"{source}: {name!r} attention cannot run at {query.shape[-2]} tokens: {reason}")
 
 
-def _settle(query: Tensor, choice: str | None) -> str | None:
-    """The choice that counts; None leaves it to PyTorch."""
+def _settle(query: Tensor, choice: str | None) -> str:
+    """The choice that counts."""
     forced = os.environ.get(ATTENTION_VARIABLE)
     if forced:
         require(f"{ATTENTION_VARIABLE}={forced!r}", forced, query)
@@ -99,10 +95,11 @@ def _settle(query: Tensor, choice: str | None) -> str | None:
         return choice
     if query.device.type != "cuda":
         return "plain"
-    if query.dtype.itemsize != 2:
-        return None
-    name = next(name for most, name in CHOICES if query.shape[-2] <= most)
-    return None if why_not(name, query) else name
+    if query.dtype.itemsize == 2:
+        name = next(name for most, name in CHOICES if query.shape[-2] <= most)
+        if not why_not(name, query):
+            return name
+    return "math" if why_not("efficient", query) else "efficient"
 
 
 def attention(
@@ -126,8 +123,23 @@ def attention(
         return tile_attention(query, key, value, scale=scale)
     if name == "plain":
         return _plain(query, key, value, scale)
-    with sdpa_kernel(CUDA_BACKENDS if name is None else BACKENDS[name]):
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+    if name == "flash":
+        return _flash(query, key, value, scale)
+    if name == "efficient":
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)[0]
+    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, scale=scale)[0]
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """On a GPU heads are filled up with zeros to a multiple of 8, which changes no product."""
+    if query.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)[0]
+    width = query.shape[-1]
+    if missing := -width % FLASH_MULTIPLE:
+        query, key, value = (F.pad(tensor, (0, missing)) for tensor in (query, key, value))
+        scale = width**-0.5 if scale is None else scale
+    out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
+    return out[..., :width]
 
 
 def packed_attention(packed: Tensor, *, choice: str | None = None, scale: float | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smi_fast.device import wait
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.quantize.execute import LowBitViT, float32_bytes, low_bit_bytes
 from smi_fast.quantize.forward import forward_sites
@@ -56,8 +57,7 @@ def take_turns(
         for name, forward in systems.items():
             begin = time.perf_counter()
             forward(pixels, keep)
-            if pixels.is_cuda:
-                torch.cuda.synchronize(pixels.device)
+            wait(pixels.device)
             if index > 0:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smi_fast.device import wait
 from smi_fast.model.flops import run_flops
 from smi_fast.model.scaled_linear import FP8, MULTIPLE
 from smi_fast.model.spec import ViTShape
@@ -52,8 +53,7 @@ def matmul_rate(shape: ViTShape, batch: int, device: torch.device, dtype: torch.
         begin = time.perf_counter()
         for _ in range(4):
             product()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         best = min(best, (time.perf_counter() - begin) / 4)
     return 2 * a.shape[0] * a.shape[1] * b.shape[0] / best
 

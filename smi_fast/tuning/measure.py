@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 
 from smi_fast.config import InversionConfig
+from smi_fast.device import out_of_memory
 from smi_fast.model.scaled_linear import FP8
 from smi_fast.model.sparse_vit import SparseViT
 from smi_fast.model.spec import ViTShape
@@ -45,7 +46,7 @@ class Timer(Protocol):
         """Set up a bucket; returns what measures the seconds of one of its iterations.
 
         Raises:
-            torch.OutOfMemoryError: it does not fit.
+            Exception: it does not fit, see `smi_fast.device.out_of_memory`.
         """
         ...
 
@@ -198,7 +199,9 @@ def _time_stage(timer: Timer, kept: int, batches: list[int], rounds: int, say: S
         say(f"{doing} {kept} patches at batch {batch}")
         try:
             ready[batch] = timer.prepare(kept, batch)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             say(f"out of device memory with {kept} patches at batch {batch}: left out")
             timer.drop(kept, batch)
     if not ready:

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import smi_fast.engine.runner as runner_module
 from smi_fast.config import InversionConfig
 from smi_fast.engine import Bucket, Inverter, Progress
 from smi_fast.engine.batches import Batches, Group, halved
-from smi_fast.engine.runner import UNROLLED, Runner
+from smi_fast.engine.randomness import deterministic_algorithms
+from smi_fast.engine.runner import Runner
 from smi_fast.engine.state import State
 from smi_fast.engine.step import build_step
 from smi_fast.images import SparseImages
@@ -115,7 +114,15 @@ def test_batches_refused(make_model: MakeModel, batch_size: Any, preset: Any, me
         Inverter(make_model(), with_preset(preset), batch_size=batch_size, impl="eager")
 
 
-def refuse_above(limit: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
+def refuse_above(
+    limit: int,
+    kept: int,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception = NO_MEMORY,
+) -> None:
     """Let batches of more than ``limit`` images run out of memory in the second iteration at ``kept`` patches."""
     advance = Runner.advance
     calls: dict[int, int] = {}
@@ -124,7 +131,7 @@ def refuse_above(limit: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None
         batch, patches = self.state.keep.shape
         calls[batch] = calls.get(batch, 0) + 1
         if patches == kept and batch > limit and calls[batch] > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return advance(self, most)
 
     monkeypatch.setattr(Runner, "advance", full)
@@ -148,6 +155,18 @@ def test_out_of_memory_steps_down_and_loses_nothing(make_model: MakeModel, monke
     assert_same(inverter(LABELS), whole)
     with pytest.warns(UserWarning, match="stage 2: out of device memory at a batch of 4, going on with 2"):
         invert(model, [0, 1, 2, 3], batch_size=4)
+
+
+def test_other_errors_are_not_taken_for_it(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_above(2, 8, monkeypatch, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        invert(make_model(), batch_size=8)
+
+
+def test_out_of_memory_of_a_driver_steps_down_too(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_above(4, 8, monkeypatch, RuntimeError("Triton Error [CUDA]: out of memory"))
+    with pytest.warns(UserWarning, match="at a batch of 6, going on with 3"):
+        invert(make_model(), [0, 1, 2, 3, 4, 0], batch_size=6)
 
 
 def test_out_of_memory_ends_at_one_image(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,63 +213,6 @@ def test_rows_go_and_come_back(make_model: MakeModel) -> None:
     assert state.failed_at.tolist() == [-1, 3, 3, -1]
 
 
-def swapping_step(state: State) -> None:
-    """Stands for a step on two canvases."""
-    assert state.spare is not None
-    state.spare.copy_(2 * state.canvas + state.iteration)
-    state.iteration.add_(1)
-    state.turn()
-
-
-def fake_capture(step: Callable[[State], None], state: State, pool: Any) -> Callable[[], None]:
-    """What a CUDA graph does: it works on the buffers as they were when it was captured."""
-    kept = replace(state)
-
-    def replay() -> None:
-        captured = replace(kept)
-        for _ in range(UNROLLED):
-            step(captured)
-
-    return replay
-
-
-@pytest.mark.parametrize("total", [1, 7, UNROLLED, UNROLLED + 1, 3 * UNROLLED, 3 * UNROLLED + 7])
-@pytest.mark.parametrize("pause", [0, 1, 13])
-def test_a_runner_with_captures(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, total: int, pause: int) -> None:
-    monkeypatch.setattr(runner_module, "capture", fake_capture)
-    group = begun(make_model())
-    group.canvas.fill_(1.0)
-    group.spare = group.canvas.clone()
-    want = group.clone()
-    for _ in range(total):
-        swapping_step(want)
-    runner = Runner(swapping_step, group.rows(0, 2), object())
-    for start in (0, 2, 0):  # whatever the canvases did, the next images find them in place
-        state = group.clone()
-        runner.load(state, start)
-        done = runner.advance(pause) if 0 < pause <= total else 0  # one step or a replay first
-        while done < total:
-            done += runner.advance(total - done)
-        assert done == total
-        runner.store(state, start)
-        assert torch.equal(state.canvas[start : start + 2], want.canvas[start : start + 2])
-        assert torch.equal(state.canvas, state.spare)
-
-
-def test_captures_do_most_of_the_work(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "capture", fake_capture)
-    group = begun(make_model())
-    group.spare = group.canvas.clone()
-    runner = Runner(swapping_step, group, object())
-    runner.load(group, 0)
-    assert [runner.advance(25), runner.advance(15), runner.advance(5)] == [UNROLLED, UNROLLED, 1]
-    assert runner.advance(50) == 1, "after an odd step the canvases are not where the capture expects them"
-    assert runner.advance(1) == 1
-    runner.load(group, 0)
-    assert runner.advance(50) == UNROLLED, "new images find the canvases in place"
-    assert runner.advance(50) == UNROLLED
-
-
 class NoHost(TorchDispatchMode):
     """Refuses what would make a host wait for its device."""
 
@@ -286,6 +248,16 @@ def test_the_same_bytes_each_time(make_model: MakeModel, deterministic: bool) ->
     for name in ("pixels", "keep", "confidence"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_algorithms_fill_no_memory() -> None:
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    with deterministic_algorithms(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    with deterministic_algorithms(False):
+        assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
 
 @pytest.mark.compiled

@@ -213,18 +213,18 @@ def test_reasons_on_a_gpu(
 
 
 def test_defaults_on_a_gpu(gpu: pytest.MonkeyPatch) -> None:
-    def default(*query: Any) -> str | None:
+    def default(*query: Any) -> str:
         return attention_module._settle(OnDevice(*query), None)  # type: ignore[arg-type]
 
     gpu.setattr(attention_module, "CHOICES", ((64, "math"), (128, "efficient"), (float("inf"), "flash")))
     assert [default(tokens, 64, HALF) for tokens in (1, 64, 65, 128, 129, 999)] == [
         "math", "math", "efficient", "efficient", "flash", "flash",
     ]  # fmt: skip
-    assert default(99, 20, HALF) is None
-    assert default(47, 64, SINGLE) is None
-    assert default(47, 64, DOUBLE) is None
+    assert default(99, 20, HALF) == "math", "40 bytes a head are too odd for the others"
+    assert default(47, 64, SINGLE) == "efficient"
+    assert default(47, 64, DOUBLE) == "math"
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert default(200, 64, torch.float16) is None, "no flash before Ampere"
+    assert default(200, 64, torch.float16) == "efficient", "no flash before Ampere"
 
 
 def test_every_entry_of_the_table_is_a_choice() -> None:
@@ -232,3 +232,23 @@ def test_every_entry_of_the_table_is_a_choice() -> None:
     most = [most for most, _ in attention_module.CHOICES]
     assert most == sorted(most)
     assert most[-1] == float("inf")
+
+
+def switches() -> tuple[bool, ...]:
+    cuda = torch.backends.cuda
+    return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("choice", ON_CPU)
+def test_no_switch_of_the_process_moves(choice: str) -> None:
+    """Another thread may attend meanwhile, and would be refused."""
+    before, seen = switches(), set()
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(switches())
+            return func(*args, **(kwargs or {}))
+
+    with Look():
+        packed_attention(packed_of(), choice=choice)
+    assert seen == {before}

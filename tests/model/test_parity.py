@@ -266,3 +266,40 @@ def test_a_fault_of_the_adapter_is_caught(monkeypatch: pytest.MonkeyPatch, part:
     monkeypatch.setattr(adapter, part, fault)
     with pytest.raises(ValueError, match="logits differ"):
         adapt(vit)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(4), nn.LayerNorm(4, bias=False), nn.LayerNorm(4, elementwise_affine=False)]
+)
+def test_a_norm_is_copied_where_it_is(norm: nn.LayerNorm) -> None:
+    there = norm.to("meta", torch.float16)
+    found = adapter._norm(there)
+    assert isinstance(found, nn.LayerNorm)
+    assert [(name, p.device.type, p.dtype) for name, p in found.named_parameters()] == [
+        (name, "meta", torch.float16) for name, _ in there.named_parameters()
+    ]
+
+
+def test_the_patch_embedding_is_copied_where_it_is() -> None:
+    found = adapter._patch_linear(nn.Conv2d(3, 8, 4, 4, device="meta", dtype=torch.float16))
+    assert {(p.device.type, p.dtype) for p in found.parameters()} == {("meta", torch.float16)}
+    assert (found.in_features, found.out_features) == (48, 8)
+
+
+def test_nothing_is_rounded_to_tf32_in_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = build("deit_tiny_patch16_224")
+    seen = []
+    vit.register_forward_pre_hook(lambda *_: seen.append(state()))
+
+    def state() -> tuple[bool, str]:
+        rounds = torch.backends.cudnn.enabled and torch.backends.cudnn.allow_tf32
+        return rounds, torch.get_float32_matmul_precision()
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = state()
+        adapt(vit)
+        assert seen == [(False, "highest")]
+        assert state() == before == (True, "high")
+    finally:
+        torch.set_float32_matmul_precision("highest")

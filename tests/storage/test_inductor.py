@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from smi_fast.engine.randomness import deterministic_algorithms
 from smi_fast.storage.environment import cache_home
-from smi_fast.storage.inductor import CACHE_VARIABLE, use_private_cache, why_not_compile
+from smi_fast.storage.inductor import CACHE_VARIABLE, compile_graph, use_private_cache, why_not_compile
 
 # a custom op and pointwise work behind it: what a step's graph is made of
 SCRIPT = """
@@ -59,6 +61,19 @@ def test_where_the_folder_cannot_be_made_pytorch_decides(tmp_path: Path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert use_private_cache() is None
     assert CACHE_VARIABLE not in os.environ
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_deterministic_algorithms_let_no_timing_choose(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    seen = []
+    monkeypatch.setattr(
+        torch._inductor, "standalone_compile", lambda *_, **__: seen.append(torch._inductor.config.deterministic)
+    )
+    graph = make_fx(torch.relu)(torch.ones(2))
+    with deterministic_algorithms(wanted):
+        compile_graph(graph, [torch.ones(2)])
+    assert seen == [wanted]
+    assert not torch._inductor.config.deterministic
 
 
 @pytest.mark.compiled
