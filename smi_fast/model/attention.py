@@ -8,8 +8,12 @@ The environment variable ``SMI_FAST_ATTENTION`` names one for all calls, else th
 each number of tokens, see `SparseViT.choose_attention`), else the device and dtype decide:
 
     CPU                         "plain"
-    CUDA, 16 bits               `CHOICES`, where that back end runs
-    CUDA otherwise              "efficient" where it runs, else "math"
+    CUDA, 16 bits               "tile" up to 256 tokens, else "flash"
+    CUDA otherwise              "efficient"
+
+and where that cannot run, the next of "flash", "efficient" and "math" that can. "tile" comes first by count: it
+writes the gradients of query, key and value in one piece, which the others' are copied into, and its backward is one
+kernel where that of "flash" is three. None has been timed on a device; ``smi-fast tune`` does so.
 
 The backward of "tile", "math" and "plain" takes its sums in the same order each time. On a GPU those of "flash" and
 "efficient" add with atomics, and differ in the last bits from run to run, unless
@@ -20,20 +24,17 @@ The backward of "tile", "math" and "plain" takes its sums in the same order each
 whose backward returned NaN at these lengths in torch 2.11.
 """
 
-import math
 import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smi_fast.kernels.common.dispatch import why_not_triton
+from smi_fast.kernels.common.dispatch import choose, why_not_triton
 from smi_fast.kernels.tile_attention import packed_tile_attention, parts_of, tile_attention, unsupported
 
 ATTENTION_VARIABLE = "SMI_FAST_ATTENTION"
 NAMES = ("flash", "efficient", "math", "tile", "plain")
-# Up to so many tokens, in 16 bits on CUDA. No entry was timed on a device yet.
-CHOICES = ((64, "flash"), (128, "flash"), (256, "flash"), (math.inf, "flash"))
 AMPERE = (8, 0)
 MOST_FLASH_WIDTH, FLASH_MULTIPLE = 256, 8
 
@@ -96,9 +97,10 @@ def _settle(query: Tensor, choice: str | None) -> str:
     if query.device.type != "cuda":
         return "plain"
     if query.dtype.itemsize == 2:
-        name = next(name for most, name in CHOICES if query.shape[-2] <= most)
-        if not why_not(name, query):
-            return name
+        if not why_not("tile", query) and choose("tile_attention", None, query) == "triton":
+            return "tile"
+        if not why_not("flash", query):
+            return "flash"
     return "math" if why_not("efficient", query) else "efficient"
 
 

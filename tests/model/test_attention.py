@@ -1,6 +1,7 @@
 """What attends: each choice that runs on a CPU against float64, in a model too; defaults, refusals, the variable."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smi_fast.kernels.common.dispatch import HAS_TRITON
+from smi_fast.kernels.common.dispatch import HAS_TRITON, KERNELS_VARIABLE
 from smi_fast.model import attention as attention_module
 from smi_fast.model.attention import ATTENTION_VARIABLE, NAMES, attention, packed_attention, parts_of, why_not
 from smi_fast.model.sparse_vit import SparseViT
@@ -200,6 +201,8 @@ ON_GPU: list[tuple[str, tuple[int, int, torch.dtype], str | None]] = [
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    properties = SimpleNamespace(shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return monkeypatch
 
 
@@ -212,26 +215,22 @@ def test_reasons_on_a_gpu(
     assert why_not(name, OnDevice(*query)) == reason  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="without Triton there is no tile")
 def test_defaults_on_a_gpu(gpu: pytest.MonkeyPatch) -> None:
     def default(*query: Any) -> str:
         return attention_module._settle(OnDevice(*query), None)  # type: ignore[arg-type]
 
-    gpu.setattr(attention_module, "CHOICES", ((64, "math"), (128, "efficient"), (float("inf"), "flash")))
-    assert [default(tokens, 64, HALF) for tokens in (1, 64, 65, 128, 129, 999)] == [
-        "math", "math", "efficient", "efficient", "flash", "flash",
-    ]  # fmt: skip
-    assert default(99, 20, HALF) == "math", "40 bytes a head are too odd for the others"
+    gpu.delenv(KERNELS_VARIABLE, raising=False)
+    assert [default(tokens, 64, HALF) for tokens in (1, 64, 197, 256, 257, 999)] == ["tile"] * 4 + ["flash"] * 2
+    assert default(99, 136, HALF) == "flash", "too wide for a tile"
+    assert default(300, 20, HALF) == "flash", "it is filled up to 24"
+    assert default(300, 300, HALF) == "math", "too wide, and 600 bytes a head are too odd"
     assert default(47, 64, SINGLE) == "efficient"
     assert default(47, 64, DOUBLE) == "math"
+    gpu.setenv(KERNELS_VARIABLE, "torch")
+    assert default(47, 64, HALF) == "flash"
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert default(200, 64, torch.float16) == "efficient", "no flash before Ampere"
-
-
-def test_every_entry_of_the_table_is_a_choice() -> None:
-    assert {name for _, name in attention_module.CHOICES} <= set(NAMES)
-    most = [most for most, _ in attention_module.CHOICES]
-    assert most == sorted(most)
-    assert most[-1] == float("inf")
 
 
 def switches() -> tuple[bool, ...]:
