@@ -32,6 +32,8 @@ PINNED: dict[str, dict[int, Config]] = {
     "kept_statistics": {0: Config(1024, 4)},
     "select_patches": {0: Config(4096, 8), 64: Config(64, 1), 128: Config(128, 1), 256: Config(256, 1)},
     "remap": {0: Config(1024, 4)},
+    "first_failure": {0: Config(4096, 8)},
+    "record_step": {0: Config(256, 1)},
     "cls_attention": {0: Config(256, 8), 64: Config(64, 4), 128: Config(128, 4)},
     "cls_attention_backward": {0: Config(128, 8), 64: Config(64, 4), 256: Config(256, 16)},
     # blocks of 64 queries run on Hopper's own matrix instructions, but spill on sm_80 at 256 tokens

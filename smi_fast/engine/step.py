@@ -19,6 +19,7 @@ from smi_fast.kernels.adam_update import AdamConstants, LossGradient, adam_updat
 from smi_fast.kernels.common.grid import Moves, target_cells
 from smi_fast.kernels.patch_cells import put_patches_, take_patches
 from smi_fast.kernels.patch_gather import patch_gather
+from smi_fast.kernels.step_record import Record, first_failure, record_step
 from smi_fast.method.objective import Objective
 from smi_fast.method.view import View
 from smi_fast.model.sparse_vit import SparseViT
@@ -50,6 +51,7 @@ class Stepped(NamedTuple):
     pixels: Tensor  # [B, A, 3, P, P]
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    tv: Tensor | None  # [B], not weighted
     failed_at: Tensor
     losses: Tensor
     scores: Tensor
@@ -90,31 +92,26 @@ def build_step(model: SparseViT, config: InversionConfig) -> Step:
     def compute_all(state: State) -> Stepped:
         found = differentiate(state)
         values = adam_values(state.target(), found.gradient(state), found.rates, constants, objective.term)
-        losses = objective.with_term(found.losses, values.tv)
-        return Stepped(values.pixels, values.exp_avg, values.exp_avg_sq, found.failed_at, losses, found.scores)
+        return Stepped(*values, found.failed_at, found.losses, found.scores)
+
+    def record(state: State, new: Differentiated | Stepped, value: Tensor | None) -> None:
+        target = Record(state.failed_at, state.losses, state.scores)
+        record_step(target, state.iteration, Record(new.failed_at, new.losses, new.scores), objective.late(value))
 
     def store(state: State, found: Found) -> None:
         new = Stepped(*found)  # type: ignore[arg-type]  # in its own order
         put_patches_(state.canvas, state.updated, new.pixels)
         state.exp_avg.copy_(new.exp_avg)
         state.exp_avg_sq.copy_(new.exp_avg_sq)
-        _record(state, new, new.losses)
+        record(state, new, new.tv)
 
     def update(state: State, found: Found) -> None:
         new = Differentiated(*found)  # type: ignore[arg-type]  # in its own order
         value = adam_update(state.target(), new.gradient(state), new.rates, constants, objective.term)
-        _record(state, new, objective.with_term(new.losses, value))
+        record(state, new, value)
         state.turn()
 
     return Step(differentiate, update) if uses_kernels(model) else Step(compute_all, store)
-
-
-def _record(state: State, new: Differentiated | Stepped, losses: Tensor) -> None:
-    """Note what a step found, and count it."""
-    state.failed_at.copy_(new.failed_at)
-    state.losses.copy_(losses)
-    state.scores.copy_(new.scores)
-    state.iteration.add_(1)
 
 
 def _differentiate(model: SparseViT, objective: Objective, state: State) -> Differentiated:
@@ -141,15 +138,8 @@ def _differentiate(model: SparseViT, objective: Objective, state: State) -> Diff
         total, losses = objective(view)
         of_windows, of_patches = torch.autograd.grad(total, (windows, patches), allow_unused=True)
 
-    finite = losses.isfinite().all(1) & all_finite(of_windows)
-    if of_patches is not None:
-        finite = finite & all_finite(of_patches)
-    failed_at = torch.where((state.failed_at < 0) & ~finite, state.iteration, state.failed_at)
+    losses = losses.to(state.losses.dtype)
+    failed_at = first_failure(state.failed_at, state.iteration, losses, of_windows, of_patches)
     rates = state.rates.index_select(0, state.iteration)[0]
-    losses, scores = losses.to(state.losses.dtype), output.cls_scores.detach()
+    scores = output.cls_scores.detach()
     return Differentiated(of_windows, of_patches, moves.shift, moves.flip, rates, failed_at, losses, scores)
-
-
-def all_finite(gradient: Tensor) -> Tensor:
-    """``[B]`` bool. The largest magnitude tells, NaN included; reducing booleans took six times as long on a CPU."""
-    return gradient.abs().flatten(1).amax(1).isfinite()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from smi_fast.config import InversionConfig
 from smi_fast.kernels.adam_update import TVTerm
+from smi_fast.kernels.step_record import Column
 from smi_fast.method.view import View
 from smi_fast.model.spec import Needs
 from smi_fast.plugins import Prior
@@ -64,13 +65,11 @@ class Objective:
             total = total + columns[column].sum()
         return Value(total, torch.stack(columns, 1).detach())
 
-    def with_term(self, columns: Tensor, value: Tensor | None) -> Tensor:
-        """``columns`` with the value ``[B]`` that the update computed for its term, not yet weighted."""
+    def late(self, value: Tensor | None) -> Column | None:
+        """The column of the term that the update computed, from its value ``[B]``, not yet weighted."""
         if self.term is None or value is None:
-            return columns
-        before, _, after = columns.tensor_split((self.term_column, self.term_column + 1), dim=1)
-        weighted = (self.term.weight * value).to(columns.dtype)[:, None]
-        return torch.cat([before, weighted, after], 1)
+            return None
+        return Column(self.term_column, value, self.term.weight)
 
 
 def _in_update(prior: Prior) -> bool:

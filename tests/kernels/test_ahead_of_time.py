@@ -20,6 +20,7 @@ from smi_fast.kernels.patch_gather import gather_launch
 from smi_fast.kernels.patch_mask import composite_launch, mask_launch, statistics_launch
 from smi_fast.kernels.patch_ungather import scatter_launch, ungather_launch
 from smi_fast.kernels.select_patches import remap_launch, select_launch
+from smi_fast.kernels.step_record import Column, Record, failure_launch, record_launch
 from smi_fast.kernels.tile_attention import parts_of, tile_backward_launch, tile_launch
 from smi_fast.kernels.total_variation import TVNorm, tv_launch
 
@@ -149,6 +150,17 @@ def statistics(i: Inputs) -> Launch:
     return statistics_launch(i.canvas.to(i.dtype), i.ids, i.grid)[0]
 
 
+def failure(i: Inputs) -> Launch:
+    failed_at = empty(BATCH, dtype=torch.int64, device="meta")
+    return failure_launch(failed_at, failed_at[:1], empty(BATCH, 2, device="meta"), i.windows, None)[0]
+
+
+def recording(i: Inputs) -> Launch:
+    failed_at, losses = empty(BATCH, dtype=torch.int64, device="meta"), empty(BATCH, 2, device="meta")
+    record = Record(failed_at, losses, empty(BATCH, i.kept, device="meta"))
+    return record_launch(record, failed_at[:1], record, Column(1, losses[:, 0].contiguous(), 0.1))
+
+
 Row = tuple[str, Callable[[Inputs], Launch], Grid, torch.dtype, Limit]
 TABLE: list[Row] = [
     ("patch_gather", gather, BASE, torch.bfloat16, Limit(32, 0, 3)),
@@ -194,6 +206,8 @@ TABLE: list[Row] = [
     ("select_patches", selection, BASE, torch.float32, Limit(48, 0, 0)),
     ("remap", remapping, BASE, torch.float32, Limit(24, 2, 2)),
     ("remap", remapping, BASE, torch.bfloat16, Limit(16, 1, 1)),
+    ("first_failure", failure, BASE, torch.bfloat16, Limit(32, 2, 0)),
+    ("record_step", recording, BASE, torch.float32, Limit(32, 0, 0)),
     ("patch_mask", mask, BASE, torch.float32, Limit(16, 0, 0)),
     ("composite image", lambda i: composition(i, False), BASE, torch.float32, Limit(32, 4, 2)),
     ("composite image", lambda i: composition(i, False), BASE, torch.bfloat16, Limit(32, 2, 1)),

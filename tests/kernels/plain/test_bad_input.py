@@ -17,6 +17,7 @@ from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.patch_mask import composite, kept_statistics, patch_mask
 from smi_fast.kernels.patch_ungather import patch_scatter, patch_ungather
 from smi_fast.kernels.select_patches import remap, select_patches
+from smi_fast.kernels.step_record import Column, Record, first_failure, record_step
 from smi_fast.kernels.tile_attention import packed_tile_attention, tile_attention
 from smi_fast.kernels.total_variation import total_variation
 from smi_fast.model.sparse_vit import SparseViT
@@ -27,6 +28,7 @@ SLOTS, PATCHES = slot_of_patch(KEEP, 6), torch.zeros(2, 2, 3, 4, 4)
 SHIFT, FLIP, WINDOWS = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool), torch.zeros(2, 2, 48)
 QUERY, KEY = torch.zeros(2, 3, 1, 8), torch.zeros(2, 3, 5, 8)
 LIMIT, RATES, SCORES = torch.ones(3, 1, 1), torch.ones(3), torch.zeros(2, 5)
+FAILED = torch.tensor([-1, 4])
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,18 @@ OPS = {
     "patch_mask": Op(lambda **t: patch_mask(**t, grid=GRID), {"keep": KEEP}),
     "composite": Op(lambda **t: composite(**t, grid=GRID, fill=torch.zeros(3, 1, 1)), {"pixels": CANVAS, "keep": KEEP}),
     "kept_statistics": Op(lambda **t: kept_statistics(**t, grid=GRID), {"pixels": CANVAS, "keep": KEEP}),
+    "first_failure": Op(first_failure, {
+        "failed_at": FAILED, "iteration": FAILED[:1], "losses": SCORES, "windows": WINDOWS, "patches": PATCHES,
+    }),
+    "record_step": Op(
+        lambda failed_at, losses, scores, iteration, value: record_step(
+            Record(failed_at, losses, scores), iteration, Record(FAILED, SCORES, SCORES), Column(0, value, 1.0)
+        ),
+        {
+            "failed_at": FAILED.clone(), "losses": SCORES.clone(), "scores": SCORES.clone(),
+            "iteration": FAILED[:1].clone(), "value": SCORES[:, 0],
+        },
+    ),
     "take_patches": Op(lambda **t: take_patches(**t, grid=GRID), {"canvas": CANVAS, "ids": KEEP}),
     "put_patches_": Op(lambda **t: put_patches_(**t), {"canvas": CANVAS, "ids": KEEP, "patches": PATCHES}),
 }  # fmt: skip
@@ -122,3 +136,10 @@ def test_the_model_refuses_ids_that_are_none_of_its_patches(
     model = make_model()
     with pytest.raises(ValueError, match=message):
         model(torch.zeros(1, 3, 24, 32, dtype=torch.float64), torch.tensor(keep))
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_late_column_is_one_of_those_that_are_there(index: int) -> None:
+    record = Record(FAILED.clone(), torch.zeros(2, 2), SCORES.clone())
+    with pytest.raises(ValueError, match=rf"record_step: late.index={index}: must lie in 0..1"):
+        record_step(record, FAILED[:1].clone(), record, Column(index, SCORES[:, 0], 1.0))

@@ -12,6 +12,7 @@ from smi_fast.kernels import patch_gather as gather_module
 from smi_fast.kernels import patch_mask as mask_module
 from smi_fast.kernels import patch_ungather as ungather_module
 from smi_fast.kernels import select_patches as select_module
+from smi_fast.kernels import step_record as record_module
 from smi_fast.kernels import tile_attention as tile_module
 from smi_fast.kernels import total_variation as tv_module
 from smi_fast.kernels.common.grid import Grid, Moves, slot_of_patch
@@ -93,6 +94,17 @@ def test_opcheck_of_selection_and_masks() -> None:
         opcheck(mask_module._composite, (pixels.to(dtype), KEEP, torch.zeros(3, 1, 1), 4))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         opcheck(mask_module._statistics, (pixels.to(dtype), KEEP, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_of_the_record(dtype: torch.dtype) -> None:
+    failed_at, losses, windows = torch.tensor([-1, 4]), canvas(dtype)[:, 0, 0], canvas(dtype)[:, :, 0]
+    scores = canvas(dtype)[:, 1, 1]
+    opcheck(record_module._failure, (failed_at, failed_at[1:], losses, windows, canvas(dtype)[:, None]))
+    opcheck(record_module._failure, (failed_at, failed_at[1:], losses, windows, None))
+    for value in (None, losses[:, 0].clone()):
+        written = (failed_at.clone(), losses.clone(), scores.clone(), torch.tensor([7]))
+        opcheck(record_module._record, (*written, failed_at, losses, scores, value, 0.5, 1))
 
 
 def test_gradient_of_the_attention_op_is_that_of_autograd() -> None:
