@@ -31,7 +31,7 @@ class Record(NamedTuple):
 class Column(NamedTuple):
     """A loss that became known later than the others."""
 
-    index: int
+    number: int
     value: Tensor  # [B] in the dtype of losses
     weight: float
 
@@ -55,7 +55,7 @@ def record_step_reference(target: Record, iteration: Tensor, found: Record, late
     """Plain torch; shapes as in `record_step`."""
     losses = found.losses
     if late is not None:
-        before, _, after = losses.tensor_split((late.index, late.index + 1), dim=1)
+        before, _, after = losses.tensor_split((late.number, late.number + 1), dim=1)
         losses = torch.cat([before, (late.weight * late.value).to(losses.dtype)[:, None], after], 1)
     for place, value in zip(target, (found.failed_at, losses, found.scores), strict=True):
         place.copy_(value)
@@ -145,7 +145,7 @@ def record_launch(
     arguments |= {f"new_{name}": tensor for name, tensor in found._asdict().items()}
     arguments |= {"value": None if late is None else late.value, "weight": 0.0 if late is None else late.weight}
     arguments |= {"scores_length": target.scores.shape[1]}
-    constants = {"C": columns, "BLOCK_C": power_of_two(columns), "LATE": -1 if late is None else late.index}
+    constants = {"C": columns, "BLOCK_C": power_of_two(columns), "LATE": -1 if late is None else late.number}
     constants |= {"BLOCK": config.block}
     return Launch(record_kernel, (len(target.failed_at),), arguments, constants, config.warps)
 
@@ -248,15 +248,15 @@ def record_step(
     if late is not None:
         expected["late.value"] = (late.value, "B", kind)
     columns = check("record_step", expected)["C"]
-    if late is not None and not 0 <= late.index < columns:
-        raise ValueError(f"record_step: late.index={late.index}: must lie in 0..{columns - 1}")
+    if late is not None and not 0 <= late.number < columns:
+        raise ValueError(f"record_step: late.number={late.number}: must lie in 0..{columns - 1}")
     reason = _no_kernel(target.losses)
     if not all(tensor.is_contiguous() for tensor in (*target, iteration)):
         reason = "what is written is not contiguous"
     if choose("record_step", impl, target.losses, reason) == "torch":
         record_step_reference(target, iteration, found, late)
         return
-    value, weight, index = (None, 0.0, -1) if late is None else (late.value, late.weight, late.index)
+    value, weight, index = (None, 0.0, -1) if late is None else (late.value, late.weight, late.number)
     _record(*target, iteration, *found, value, weight, index)
 
 

@@ -206,7 +206,7 @@ TABLE: list[Row] = [
     ("select_patches", selection, BASE, torch.float32, Limit(48, 0, 0)),
     ("remap", remapping, BASE, torch.float32, Limit(24, 2, 2)),
     ("remap", remapping, BASE, torch.bfloat16, Limit(16, 1, 1)),
-    ("first_failure", failure, BASE, torch.bfloat16, Limit(32, 2, 0)),
+    ("first_failure", failure, BASE, torch.bfloat16, Limit(40, 2, 0)),
     ("record_step", recording, BASE, torch.float32, Limit(32, 0, 0)),
     ("patch_mask", mask, BASE, torch.float32, Limit(16, 0, 0)),
     ("composite image", lambda i: composition(i, False), BASE, torch.float32, Limit(32, 4, 2)),

@@ -141,5 +141,5 @@ def test_the_model_refuses_ids_that_are_none_of_its_patches(
 @pytest.mark.parametrize("index", [-1, 2])
 def test_a_late_column_is_one_of_those_that_are_there(index: int) -> None:
     record = Record(FAILED.clone(), torch.zeros(2, 2), SCORES.clone())
-    with pytest.raises(ValueError, match=rf"record_step: late.index={index}: must lie in 0..1"):
+    with pytest.raises(ValueError, match=rf"record_step: late.number={index}: must lie in 0..1"):
         record_step(record, FAILED[:1].clone(), record, Column(index, SCORES[:, 0], 1.0))
