@@ -46,7 +46,9 @@ def use_private_cache() -> Path | None:
 def compile_graph(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Any]:
     """Compile a graph for the shapes of its inputs; raises whatever inductor raises."""
     use_private_cache()
-    with torch.no_grad():
+    # small kernels that do not wait for each other are one launch; inductor has this for GPUs alone
+    joined = {"combo_kernels": any(tensor.is_cuda for tensor in example)}
+    with torch.no_grad(), torch._inductor.config.patch(joined):
         return torch._inductor.standalone_compile(graph, [*example], dynamic_shapes="from_example_inputs")
 
 
