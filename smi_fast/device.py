@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from contextlib import AbstractContextManager
 
 import torch
@@ -35,6 +36,10 @@ def wait(device: torch.device) -> None:
     """Let the host wait until a CUDA device has done all that was launched on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# one stream is captured on by one thread at a time
+capturing = threading.RLock()
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from smi_fast.config import InversionConfig
-from smi_fast.device import current, side_stream
+from smi_fast.device import capturing, current, side_stream
 from smi_fast.engine.compiler import compile_step
 from smi_fast.engine.state import State
 from smi_fast.engine.step import build_step
@@ -105,12 +105,13 @@ def warm_up(step: Function, state: State) -> None:
     device = state.canvas.device
     stream, outside = side_stream(device), torch.cuda.current_stream(device)
     state.iteration.zero_()
-    stream.wait_stream(outside)
-    with current(device), torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            step(state)
-            state.iteration.zero_()
-    outside.wait_stream(stream)
+    with capturing, current(device):
+        stream.wait_stream(outside)
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                step(state)
+                state.iteration.zero_()
+        outside.wait_stream(stream)
 
 
 def capture(step: Function, state: State, iterations: int, pool: Any) -> torch.cuda.CUDAGraph:
@@ -128,7 +129,7 @@ def capture(step: Function, state: State, iterations: int, pool: Any) -> torch.c
     device, turned, graph = state.canvas.device, state.turned, torch.cuda.CUDAGraph()
     # a consumer of finished images may go on allocating in its own thread meanwhile
     options = {"pool": pool, "stream": side_stream(device), "capture_error_mode": "thread_local"}
-    with current(device), torch.cuda.graph(graph, **options):
+    with capturing, current(device), torch.cuda.graph(graph, **options):
         for _ in range(iterations):
             step(state)
     if state.turned != turned:
