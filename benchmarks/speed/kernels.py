@@ -26,7 +26,8 @@ from benchmarks.harness.models import paper_kept
 from benchmarks.harness.results import RESULTS, Results
 from benchmarks.harness.tables import markdown, measured_on
 from benchmarks.harness.timing import copy_bandwidth, median_ratio, spread, take_turns, timed
-from benchmarks.speed.kernel_cases import Op, Shape, all_ops
+from benchmarks.speed.block_cases import block_ops
+from benchmarks.speed.kernel_cases import Op, Shape, patch_ops
 from smi_fast.kernels.common.configs import tuned_table
 from smi_fast.kernels.common.grid import Grid
 
@@ -42,6 +43,11 @@ def shapes(device: str, batches: list[int]) -> Iterator[Shape]:
             for dtype in DTYPES:
                 for kept in reversed(paper_kept(grid.patches)):
                     yield Shape(grid, batch, kept, dtype, heads, device)
+
+
+def all_ops(shape: Shape) -> list[Op]:
+    """Every op at a shape."""
+    return patch_ops(shape) + block_ops(shape)
 
 
 def tensors_of(result: Any) -> list[Tensor]:

@@ -53,6 +53,11 @@ def check(op: str, expected: Mapping[str, Expected], **known: int) -> dict[str, 
     return sizes
 
 
+def leading_letters(tensor: Tensor) -> str:
+    """The shape ``[..., D]`` of a tensor of any rank, for `check`: a letter of its own for each axis but the last."""
+    return " ".join([f"n{axis}" for axis in range(tensor.ndim - 1)] + ["D"])
+
+
 def expected_moves(moves: Moves, prefix: str = "moves") -> dict[str, Expected]:
     """The shapes and dtypes of moves, for `check`."""
     return {f"{prefix}.shift": (moves.shift, "B 2", IDS), f"{prefix}.flip": (moves.flip, "B", BOOL)}

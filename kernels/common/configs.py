@@ -9,7 +9,7 @@ used: it needs a driver even to import a kernel, and what it picks differs from 
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from smi_fast.kernels.common.launch import Config, Launch
 AUTOTUNE_VARIABLE = "SMI_FAST_AUTOTUNE"
 
 # the shape class of a patch op is the patch side; of the attention and of select_patches the number of tokens or
-# patches, rounded up to a power of two; of remap the length of a row. Classes that are not listed use the entry 0
+# patches, rounded up to a power of two; of remap the length of a row; of add_layer_norm that too, rounded up
+# likewise. Classes that are not listed use the entry 0
 PINNED: dict[str, dict[int, Config]] = {
     "patch_gather": {0: Config(1024, 4)},
     "patch_ungather": {0: Config(512, 4)},
@@ -42,9 +43,15 @@ PINNED: dict[str, dict[int, Config]] = {
     # at 128 tokens 128 queries compile for sm_90 without spills (203 registers), and spill 208 bytes on sm_80
     "tile_attention_backward": {0: Config(64, 4), 128: Config(32, 8), 256: Config(32, 8)},
     "tile_attention_backward_float32": {0: Config(64, 16), 128: Config(32, 16), 256: Config(32, 16)},
+    # rows of up to 1024 fit into the registers of one warp
+    "add_layer_norm": {0: Config(1, 8), 256: Config(1, 1), 512: Config(1, 1), 1024: Config(1, 1)},
+    "add_layer_norm_backward": {0: Config(1, 8), 256: Config(1, 1), 512: Config(1, 1), 1024: Config(1, 1)},
 }
 CANDIDATES = tuple(Config(block, warps) for block in (128, 256, 512, 1024) for warps in (1, 2, 4, 8))
-TILES = tuple(Config(queries, warps) for queries in (16, 32, 64, 128) for warps in (2, 4, 8, 16))  # of tile_attention
+OWN_CANDIDATES: dict[str, tuple[Config, ...]] = {  # by the beginning of an op's name
+    "tile_attention": tuple(Config(queries, warps) for queries in (16, 32, 64, 128) for warps in (2, 4, 8, 16)),
+    "add_layer_norm": tuple(Config(rows, warps) for rows in (1, 2, 4) for warps in (1, 2, 4, 8)),
+}
 _tuned: dict[tuple[str, int], Config] = {}
 
 
@@ -68,8 +75,13 @@ def best(op: str, shape_class: int, build: Callable[[Config], Launch]) -> Config
         launch = build(pinned(op, shape_class))
         if launch.device.type != "cuda":
             return pinned(op, shape_class)
-        _tuned[key] = fastest(build, _milliseconds, TILES if op.startswith("tile_attention") else CANDIDATES)
+        _tuned[key] = fastest(build, _milliseconds, candidates_of(op))
     return _tuned[key]
+
+
+def candidates_of(op: str) -> tuple[Config, ...]:
+    """What is timed for an op."""
+    return next((own for name, own in OWN_CANDIDATES.items() if op.startswith(name)), CANDIDATES)
 
 
 def fastest(
@@ -93,7 +105,7 @@ def tuned_table() -> str:
     for op in sorted({op for op, _ in _tuned}):
         found = {shape_class: config for (name, shape_class), config in _tuned.items() if name == op}
         entries = {0: PINNED[op][0]} | {k: found[k] for k in sorted(found)}
-        text = ", ".join(f"{k}: Config({config.block}, {config.warps})" for k, config in entries.items())
+        text = ", ".join(f"{k}: {type(c).__name__}({', '.join(map(str, astuple(c)))})" for k, c in entries.items())
         lines.append(f'    "{op}": {{{text}}},')
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, empty
 
 from smi_fast.kernels.adam_update import AdamConstants, LossGradient, MeasuredTV, TVTerm, Updated, adam_launch
+from smi_fast.kernels.add_layer_norm import norm_backward_launch, norm_launch
 from smi_fast.kernels.cls_attention import attention_backward_launch, attention_launch, token_major
 from smi_fast.kernels.common.dispatch import HAS_TRITON, INTERPRETED
 from smi_fast.kernels.common.grid import Grid, Moves
@@ -127,6 +128,18 @@ def tile(i: Inputs, tokens: int, backward: bool = False) -> Launch:
     return tile_backward_launch(query, key, value, token_major(query, tokens))[0]
 
 
+def norm(i: Inputs, width: int, branch: bool = True) -> Launch:
+    """With weight and bias."""
+    x, weight = (empty(*shape, dtype=i.dtype, device="meta") for shape in ((BATCH * (i.kept + 1), width), (width,)))
+    return norm_launch(x, x if branch else None, weight, weight, 1e-6)[0]
+
+
+def norm_backward(i: Inputs, width: int, d_sum: bool = True) -> Launch:
+    x, weight = (empty(*shape, dtype=i.dtype, device="meta") for shape in ((BATCH * (i.kept + 1), width), (width,)))
+    statistics = (empty(len(x), device="meta"), empty(len(x), device="meta"))
+    return norm_backward_launch(x, statistics, weight, x, x if d_sum else None)[0]
+
+
 def selection(i: Inputs) -> Launch:
     return select_launch(empty(BATCH, i.grid.patches, device="meta"), i.ids)
 
@@ -203,6 +216,16 @@ TABLE: list[Row] = [
     ("tile backward N96", lambda i: tile(i, 96, True), BASE, torch.bfloat16, Limit(176, 10, 9, products=52)),
     ("tile backward N138", lambda i: tile(i, 138, True), BASE, torch.bfloat16, Limit(255, 18, 17, products=104)),
     ("tile backward N197", lambda i: tile(i, 197, True), BASE, torch.bfloat16, Limit(255, 18, 17, products=104)),
+    # a warp a row: each tensor in pieces of 16 bytes a thread
+    ("add_layer_norm D768", lambda i: norm(i, 768), BASE, torch.bfloat16, Limit(64, 16, 8)),
+    ("add_layer_norm D768", lambda i: norm(i, 768), BASE, torch.float32, Limit(72, 32, 16)),
+    ("add_layer_norm D768 alone", lambda i: norm(i, 768, False), BASE, torch.bfloat16, Limit(64, 12, 4)),
+    ("add_layer_norm D192", lambda i: norm(i, 192), BASE, torch.bfloat16, Limit(40, 4, 2)),
+    ("add_layer_norm D1280", lambda i: norm(i, 1280), BASE, torch.bfloat16, Limit(32, 4, 2)),
+    ("norm backward D768", lambda i: norm_backward(i, 768), BASE, torch.bfloat16, Limit(88, 16, 4)),
+    ("norm backward D768", lambda i: norm_backward(i, 768), BASE, torch.float32, Limit(80, 32, 8)),
+    ("norm backward D768 alone", lambda i: norm_backward(i, 768, False), BASE, torch.bfloat16, Limit(72, 12, 4)),
+    ("norm backward D192", lambda i: norm_backward(i, 192), BASE, torch.bfloat16, Limit(56, 4, 1)),
     ("select_patches", selection, BASE, torch.float32, Limit(48, 0, 0)),
     ("remap", remapping, BASE, torch.float32, Limit(24, 2, 2)),
     ("remap", remapping, BASE, torch.bfloat16, Limit(16, 1, 1)),

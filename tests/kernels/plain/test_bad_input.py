@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Updated, adam_update
+from smi_fast.kernels.add_layer_norm import add_layer_norm
 from smi_fast.kernels.cls_attention import cls_attention
 from smi_fast.kernels.common.grid import Grid, Moves, slot_of_patch
 from smi_fast.kernels.patch_cells import put_patches_, take_patches
@@ -81,6 +82,10 @@ OPS = {
     "cls_attention": Op(lambda **t: cls_attention(**t, prefix=1), {"query": QUERY, "key": KEY, "value": KEY}),
     "tile_attention": Op(tile_attention, {"query": KEY, "key": KEY.clone(), "value": KEY.clone()}),
     "packed_tile_attention": Op(packed_tile_attention, {"packed": torch.zeros(2, 5, 3, 2, 8)}),
+    "add_layer_norm": Op(
+        lambda **t: add_layer_norm(**t, eps=1e-6),
+        {"x": KEY, "branch": KEY.clone(), "weight": torch.ones(8), "bias": torch.zeros(8)},
+    ),
     "select_patches": Op(lambda **t: select_patches(**t, count=2), {"scores": SCORES}),
     "remap": Op(remap, {"state": PATCHES, "slots": torch.tensor([[0], [1]])}),
     "patch_mask": Op(lambda **t: patch_mask(**t, grid=GRID), {"keep": KEEP}),

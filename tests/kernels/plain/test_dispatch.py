@@ -214,6 +214,15 @@ def test_the_fastest_candidate_is_found_on_copies() -> None:
     assert torch.equal(original.arguments["canvas"], torch.zeros(2, 3, 8, 12))  # type: ignore[arg-type]
 
 
+def test_ops_that_are_cut_up_in_another_way_have_candidates_of_their_own() -> None:
+    assert configs.candidates_of("adam_update") == configs.CANDIDATES
+    for op, pinned in configs.PINNED.items():
+        for config in pinned.values():
+            assert type(configs.candidates_of(op)[0]) is type(config), op
+    assert configs.candidates_of("tile_attention_backward") == configs.OWN_CANDIDATES["tile_attention"]
+    assert max(config.block for config in configs.candidates_of("add_layer_norm_backward")) == 4
+
+
 def test_copies_of_views_keep_their_strides() -> None:
     view = torch.arange(24.0).reshape(2, 3, 4)[:, 1:, ::2].transpose(0, 1)
     twin = configs._twin(view)

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from smi_fast.kernels import adam_update as adam_module
+from smi_fast.kernels import add_layer_norm as norm_module
 from smi_fast.kernels import cls_attention as attention_module
 from smi_fast.kernels import patch_cells as cells_module
 from smi_fast.kernels import patch_gather as gather_module
@@ -84,6 +85,21 @@ def test_opcheck_of_tile_attention(dtype: torch.dtype) -> None:
     opcheck(tile_module._attend_packed, (packed.detach().requires_grad_(), 0.3), **exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck_of_add_layer_norm(dtype: torch.dtype) -> None:
+    rows = canvas(dtype)[:, :, 0]  # [B, 3, 12], strided
+    branch, weight, statistics = canvas(dtype)[:, :, 1], canvas(dtype)[0, 0, 2], norm_module.statistics_reference
+    exact = {"atol": 1e-2, "rtol": 1e-2} if dtype == torch.bfloat16 else {}
+    for affine in ((weight, weight.flip(0)), (None, None)):
+        leaves = rows.detach().requires_grad_(), branch.detach().requires_grad_()
+        opcheck(norm_module._add_norm, (*leaves, *affine, 1e-5), **exact)
+        opcheck(norm_module._add_norm, (rows, leaves[1], *affine, 1e-5), **exact)
+        opcheck(norm_module._norm, (leaves[0], *affine, 1e-5), **exact)
+        for d_sum in (branch.flip(1), None):
+            arguments = (rows, *statistics(rows, 1e-5), affine[0], branch, d_sum)
+            opcheck(norm_module._norm_backward, arguments, **exact)
+
+
 def test_opcheck_of_selection_and_masks() -> None:
     pixels, scores = canvas(torch.float32), canvas(torch.float32)[:, 0, 0]
     opcheck(select_module._select, (scores, 5))
@@ -147,7 +163,8 @@ def test_full_graph_of_all_ops(backend: str) -> None:
         kept = select_module._remap(rows.mean(1), slots)
         mean, deviation = mask_module._statistics(pixels, KEEP, 4)
         tile = tile_module._attend(key, key, value, 0.3)
-        return windows.sum() + amount.sum(), slope, out, kept, mean, deviation, tile
+        normed = norm_module._add_norm(key, tile, None, None, 1e-6)[1]
+        return windows.sum() + amount.sum(), slope, out, kept, mean, deviation, normed
 
     arguments = (pixels, query, key, value)
     compiled = torch.compile(everything, fullgraph=True, backend=backend)
