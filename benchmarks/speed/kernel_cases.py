@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.systems.attention import torch_attention
 from smi_fast.kernels.adam_update import (
     AdamConstants,
     LossGradient,
@@ -205,7 +205,7 @@ def heads(draw: torch.Generator, s: Shape) -> tuple[Tensor, Tensor, Tensor]:
 def attention_and_row(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """PyTorch's attention, and the softmax row beside it: what one would write without the op."""
     row = (query.float() * 64**-0.5) @ key.float().transpose(-2, -1)
-    return F.scaled_dot_product_attention(query, key, value), row.softmax(-1)[:, :, 0, 1:].mean(1)
+    return torch_attention(query, key, value), row.softmax(-1)[:, :, 0, 1:].mean(1)
 
 
 def with_backward(function: Function) -> Function:
@@ -255,9 +255,9 @@ def with_gradient(function: Function) -> Function:
     return run
 
 
-def torch_attention(packed: Tensor) -> Tensor:
+def of_parts_by_torch(packed: Tensor) -> Tensor:
     """PyTorch's own, of the parts of a projection."""
-    return F.scaled_dot_product_attention(*parts_of(packed))
+    return torch_attention(*parts_of(packed))
 
 
 def tile_ops(s: Shape) -> list[Op]:
@@ -283,10 +283,11 @@ def tile_ops(s: Shape) -> list[Op]:
         return tile_attention(*parts_of(packed), impl="triton")
 
     tolerance = 1e-5 if s.dtype == torch.float32 else 2e-2
-    rows = [Op("tile_attention (over SDPA)", 4 * inner * s.dtype.itemsize, packed, torch_attention, whole, tolerance)]
+    moved = 4 * inner * s.dtype.itemsize
+    rows = [Op("tile_attention (over SDPA)", moved, packed, of_parts_by_torch, whole, tolerance)]
     for title, kernel in (("with backward", whole), ("three gradients, with backward", of_parts)):
         name, least = f"tile_attention (over SDPA), {title}", 11 * inner * s.dtype.itemsize
-        rows.append(Op(name, least, draw_both, torch_attention, with_gradient(kernel), tolerance, with_gradient))
+        rows.append(Op(name, least, draw_both, of_parts_by_torch, with_gradient(kernel), tolerance, with_gradient))
     return rows
 
 
