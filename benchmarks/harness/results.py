@@ -5,6 +5,7 @@ between. A cell is empty where something was not measured, or not recorded when 
 """
 
 import csv
+import io
 import json
 import subprocess
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import torch
 from benchmarks.experiment import Row
 from smi_fast.config import InversionConfig
 from smi_fast.storage.environment import device_name, processor, versions
+from smi_fast.storage.files import write_atomically
 
 RESULTS = Path(__file__).parents[1] / "results"
 # device, processor and whether it has bf16 units, versions, commit of the checkout, UTC date, threads of torch, and the
@@ -61,7 +63,7 @@ def read(path: Path) -> list[Row]:
 
 
 class Results:
-    """A CSV to which rows are appended as they come: a run that is cut off keeps what it has.
+    """A CSV that gets its rows as they come: a run that is cut off keeps what it has.
 
     Args:
         path: the file. What it held is replaced with the first row.
@@ -103,17 +105,26 @@ class Results:
         Raises:
             ValueError: it has other columns than the rows before it.
         """
+        self.put(len(self.rows), row, recipe)
+
+    def put(self, index: int, row: Mapping[str, Any], recipe: InversionConfig | None = None) -> None:
+        """Write row number ``index``: behind the last, or in the place of what was known of it before.
+
+        The file holds either what it held or what it is to hold, whenever the run is cut off.
+
+        Raises:
+            ValueError: it has other columns than the first row.
+        """
         cells = {"experiment": self.experiment, **row, **self._about, "recipe": as_json(recipe)}
         line = {name: "" if value is None else str(value) for name, value in cells.items()}
         columns = list(self.rows[0]) if self.rows else list(line)
         if set(columns) != set(line):
             raise ValueError(f"{self.path}: rows have the columns {columns}, this one has {list(line)}")
         if not self.rows:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             print(f"rows go to {self.path}", flush=True)
-        with self.path.open("a" if self.rows else "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            if not self.rows:
-                writer.writeheader()
-            writer.writerow(line)
-        self.rows.append(line)
+        self.rows[index : index + 1] = [line]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.path, text.getvalue().encode(), overwrite=True)
