@@ -26,6 +26,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 PROVENANCE = ("device_name", "processor", "torch", "triton", "commit", "date", "threads", "recipe")
 
 
+ESTIMATE = "estimate"  # stands in the place of a device, in rows that were computed and not measured
+
+
 def commit() -> str:
     """Of the checkout, with a mark where it has uncommitted changes."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
@@ -34,16 +37,16 @@ def commit() -> str:
 
 
 def provenance(device: str, recipe: InversionConfig | None = None) -> dict[str, str]:
-    """The columns `PROVENANCE` of a row that is measured here and now."""
-    found = versions()
+    """The columns `PROVENANCE` of a row that is made here and now; ``device``: where it is measured, or `ESTIMATE`."""
+    found, measured = versions(), device != ESTIMATE
     return {
-        "device_name": device_name(torch.device(device)),
-        "processor": processor(),
+        "device_name": device_name(torch.device(device)) if measured else ESTIMATE,
+        "processor": processor() if measured else "",
         "torch": found["torch"],
         "triton": found.get("triton", ""),
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
-        "threads": str(torch.get_num_threads()),
+        "threads": str(torch.get_num_threads()) if measured else "",
         "recipe": as_json(recipe),
     }
 
@@ -68,7 +71,7 @@ class Results:
     Args:
         path: the file. What it held is replaced with the first row.
         experiment: its name.
-        device: that the rows are measured on.
+        device: that the rows are measured on, or `ESTIMATE`.
 
     Attributes:
         rows: those of the file, as `read` gives them.

@@ -13,7 +13,7 @@ from benchmarks.harness.results import read
 from benchmarks.laboratory import equal_quality
 from benchmarks.paper import quantize, transfer
 from benchmarks.paper.images import Images
-from benchmarks.speed import engine, int8, kernels, scaling, waterfall
+from benchmarks.speed import engine, int8, kernels, model, scaling, waterfall
 
 AFTER = 2  # so many things are measured before the end
 
@@ -72,6 +72,12 @@ def test_scaling(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(scaling.Bench, "measure", cut_off(measure))
     assert [row["axis"] for row in rows_of("scaling", [], out)] == list(scaling.AXES[:AFTER])
+
+
+def test_model(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "rows_of", cut_off(lambda key, job, folder: [{"device": key}] * 2, 1))
+    rows = rows_of("model", ["--device", "a100", "h100", "--model", "deit_tiny_patch16_224"], out)
+    assert [row["device"] for row in rows] == ["a100", "a100"]
 
 
 def test_int8(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
