@@ -30,6 +30,12 @@ part() {  # seconds, name, command ...
 part 30 device "$PYTHON" -m smi_fast doctor
 part 10 driver nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm,memory.total --format=csv
 
+start_tests() {  # seconds, name, mark, file; beside the others, in a process group that ends as a whole
+    timeout --kill-after=10 "$1" "$PYTHON" -m pytest -m "$3" "$4" -p no:cacheprovider --durations=3 \
+        > "$OUT/gpu-$2.log" 2>&1 &
+    running[$2]=$!
+}
+
 run_tests() {
     # most of a test's time is compiling kernels, one core each: a process a file
     echo "== tests"
@@ -37,10 +43,10 @@ run_tests() {
     for file in tests/kernels/test_*.py tests/test_gpu.py; do
         name=$(basename "$file" .py)
         [ "$name" = test_ahead_of_time ] && continue
-        timeout --kill-after=10 180 "$PYTHON" -m pytest -m "kernel or gpu" "$file" -p no:cacheprovider --durations=3 \
-            > "$OUT/gpu-$name.log" 2>&1 &
-        running[$name]=$!
+        start_tests 180 "$name" "(kernel or gpu) and not sanitizer" "$file"
     done
+    # the sanitizer may need all of its time, and must not take the other tests' summary with it
+    start_tests 180 sanitizer sanitizer tests/test_gpu.py
     for name in "${!running[@]}"; do
         wait "${running[$name]}"
         status=$?

@@ -1,16 +1,19 @@
 """Our engine's insides, for timing single steps: nothing else in ``benchmarks/`` knows them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness.timing import seconds_each
 from smi_fast.config import InversionConfig
+from smi_fast.device import current
 from smi_fast.engine import Inverter
 from smi_fast.engine.compiler import compile_step
 from smi_fast.engine.randomness import draw
-from smi_fast.engine.runner import Runners, Source
+from smi_fast.engine.runner import UNROLLED, Runner, Runners, Source
 from smi_fast.engine.state import State, new_state
 from smi_fast.engine.step import build_step
 from smi_fast.images import SparseImages
@@ -76,6 +79,14 @@ def make_step(model: SparseViT, config: InversionConfig, state: State, impl: str
     return compile_step(step, state) if impl == "compiled" else step
 
 
+def advance(runner: Runner, steps: int) -> None:
+    """So many iterations, as the inverter runs them; on a GPU they are launched, not waited for."""
+    runner.state.iteration.zero_()  # the schedule's tables end some time
+    with current(runner.state.canvas.device):
+        while steps > 0:
+            steps -= runner.advance(steps)
+
+
 class FixedStep:
     """Our step at a fixed set of patches.
 
@@ -89,11 +100,31 @@ class FixedStep:
         self.model, self.config, self.keep = model, config, keep
         self.state = state_at(model, config, keep)
         self.run = make_step(model, config, self.state, impl)
+        self._runner: Runner | None = None  # on CUDA, once it is timed
 
     @torch.no_grad()
     def step(self) -> None:
-        """One iteration."""
+        """One iteration, launched operation by operation."""
         self.run(self.state)
+
+    def seconds(self, steps: int) -> float:
+        """Of one iteration over ``steps``, run as the inverter runs them.
+
+        On CUDA these are whole captured graphs, so ``steps`` is rounded up to what they hold: launched one by one, the
+        250 kernels of a step would measure the host. The first call captures.
+        """
+        if self.model.device.type == "cpu":
+            return seconds_each(self.step, steps, "cpu")
+        whole = -(-steps // UNROLLED) * UNROLLED
+        return seconds_each(partial(self._replay, whole), 1, str(self.model.device)) / whole
+
+    @torch.no_grad()
+    def _replay(self, steps: int) -> None:
+        if self._runner is None:
+            with current(self.model.device):
+                self._runner = Runner(self.run, self.state, torch.cuda.graph_pool_handle())
+            self._runner.load(self.state, 0)
+        advance(self._runner, steps)
 
     @torch.no_grad()
     def gradient(self, canvas: Tensor) -> Tensor:
@@ -146,10 +177,7 @@ class StageRunners:
     @torch.no_grad()
     def advance(self, stage: int, steps: int) -> None:
         """So many iterations of a stage; on a GPU they are launched, not waited for."""
-        runner = self._runners[stage]
-        runner.state.iteration.zero_()  # the schedule's tables end some time
-        while steps > 0:
-            steps -= runner.advance(steps)
+        advance(self._runners[stage], steps)
 
     @torch.no_grad()
     def gradient(self, stage: int, canvas: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ between. A cell is empty where something was not measured, or not recorded when 
 """
 
 import csv
+import io
 import json
 import subprocess
 from collections.abc import Mapping
@@ -17,11 +18,15 @@ import torch
 from benchmarks.experiment import Row
 from smi_fast.config import InversionConfig
 from smi_fast.storage.environment import device_name, processor, versions
+from smi_fast.storage.files import write_atomically
 
 RESULTS = Path(__file__).parents[1] / "results"
 # device, processor and whether it has bf16 units, versions, commit of the checkout, UTC date, threads of torch, and the
 # recipe as JSON where the row rests on one
 PROVENANCE = ("device_name", "processor", "torch", "triton", "commit", "date", "threads", "recipe")
+
+
+ESTIMATE = "estimate"  # stands in the place of a device, in rows that were computed and not measured
 
 
 def commit() -> str:
@@ -32,16 +37,16 @@ def commit() -> str:
 
 
 def provenance(device: str, recipe: InversionConfig | None = None) -> dict[str, str]:
-    """The columns `PROVENANCE` of a row that is measured here and now."""
-    found = versions()
+    """The columns `PROVENANCE` of a row that is made here and now; ``device``: where it is measured, or `ESTIMATE`."""
+    found, measured = versions(), device != ESTIMATE
     return {
-        "device_name": device_name(torch.device(device)),
-        "processor": processor(),
+        "device_name": device_name(torch.device(device)) if measured else ESTIMATE,
+        "processor": processor() if measured else "",
         "torch": found["torch"],
         "triton": found.get("triton", ""),
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
-        "threads": str(torch.get_num_threads()),
+        "threads": str(torch.get_num_threads()) if measured else "",
         "recipe": as_json(recipe),
     }
 
@@ -61,12 +66,12 @@ def read(path: Path) -> list[Row]:
 
 
 class Results:
-    """A CSV to which rows are appended as they come: a run that is cut off keeps what it has.
+    """A CSV that gets its rows as they come: a run that is cut off keeps what it has.
 
     Args:
         path: the file. What it held is replaced with the first row.
         experiment: its name.
-        device: that the rows are measured on.
+        device: that the rows are measured on, or `ESTIMATE`.
 
     Attributes:
         rows: those of the file, as `read` gives them.
@@ -103,17 +108,26 @@ class Results:
         Raises:
             ValueError: it has other columns than the rows before it.
         """
+        self.put(len(self.rows), row, recipe)
+
+    def put(self, index: int, row: Mapping[str, Any], recipe: InversionConfig | None = None) -> None:
+        """Write row number ``index``: behind the last, or in the place of what was known of it before.
+
+        The file holds either what it held or what it is to hold, whenever the run is cut off.
+
+        Raises:
+            ValueError: it has other columns than the first row.
+        """
         cells = {"experiment": self.experiment, **row, **self._about, "recipe": as_json(recipe)}
         line = {name: "" if value is None else str(value) for name, value in cells.items()}
         columns = list(self.rows[0]) if self.rows else list(line)
         if set(columns) != set(line):
             raise ValueError(f"{self.path}: rows have the columns {columns}, this one has {list(line)}")
         if not self.rows:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             print(f"rows go to {self.path}", flush=True)
-        with self.path.open("a" if self.rows else "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            if not self.rows:
-                writer.writeheader()
-            writer.writerow(line)
-        self.rows.append(line)
+        self.rows[index : index + 1] = [line]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.path, text.getvalue().encode(), overwrite=True)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 System = TypeVar("System")
+MATMUL_SIDE = 8192  # of the product whose rate a GPU is judged by
 LEAST_ROUNDS = 2  # that are measured however little time there is
 
 
@@ -95,7 +96,7 @@ def copy_bandwidth(device: str) -> float:
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product on the device, the best of 10 after a warm-up."""
-    side = 8192 if device != "cpu" else 1536
+    side = MATMUL_SIDE if device != "cpu" else 1536
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = a @ b
     best = min(timed(lambda: torch.mm(a, b, out=out), device) for _ in range(10))

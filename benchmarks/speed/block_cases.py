@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.speed.kernel_cases import Function, Op, Shape, randn
+from benchmarks.systems.attention import torch_attention
 from smi_fast.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from smi_fast.kernels.cls_attention import cls_attention, cls_attention_reference
 from smi_fast.kernels.tile_attention import packed_tile_attention, parts_of, tile_attention, unsupported
@@ -25,7 +25,7 @@ def heads(draw: torch.Generator, s: Shape) -> tuple[Tensor, Tensor, Tensor]:
 def attention_and_row(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """PyTorch's attention, and the softmax row beside it: what one would write without the op."""
     row = (query.float() * 64**-0.5) @ key.float().transpose(-2, -1)
-    return F.scaled_dot_product_attention(query, key, value), row.softmax(-1)[:, :, 0, 1:].mean(1)
+    return torch_attention(query, key, value), row.softmax(-1)[:, :, 0, 1:].mean(1)
 
 
 def with_backward(function: Function) -> Function:
@@ -75,9 +75,9 @@ def with_gradient(function: Function) -> Function:
     return run
 
 
-def torch_attention(packed: Tensor) -> Tensor:
+def of_parts_by_torch(packed: Tensor) -> Tensor:
     """PyTorch's own, of the parts of a projection."""
-    return F.scaled_dot_product_attention(*parts_of(packed))
+    return torch_attention(*parts_of(packed))
 
 
 def tile_ops(s: Shape) -> list[Op]:
@@ -103,10 +103,10 @@ def tile_ops(s: Shape) -> list[Op]:
         return tile_attention(*parts_of(packed), impl="triton")
 
     tolerance = 1e-5 if s.dtype == torch.float32 else 2e-2
-    rows = [Op("tile_attention (over SDPA)", 4 * inner * s.dtype.itemsize, packed, torch_attention, whole, tolerance)]
+    rows = [Op("tile_attention (over SDPA)", 4 * inner * s.dtype.itemsize, packed, of_parts_by_torch, whole, tolerance)]
     for title, kernel in (("with backward", whole), ("three gradients, with backward", of_parts)):
         name, least = f"tile_attention (over SDPA), {title}", 11 * inner * s.dtype.itemsize
-        rows.append(Op(name, least, draw_both, torch_attention, with_gradient(kernel), tolerance, with_gradient))
+        rows.append(Op(name, least, draw_both, of_parts_by_torch, with_gradient(kernel), tolerance, with_gradient))
     return rows
 
 

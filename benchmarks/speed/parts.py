@@ -103,15 +103,27 @@ def linear_products(b: Bucket) -> list[tuple[Part, Product]]:
     return forward + [(part, (m, n, k)) for part, (m, k, n) in reversed(forward)]
 
 
+def product_dtype(part: Part, dtype: torch.dtype) -> torch.dtype:
+    """What a part multiplies in: the head in float32 at least."""
+    return torch.promote_types(dtype, torch.float32) if part is Part.HEAD else dtype
+
+
+def product_work(part: Part, product: Product, dtype: torch.dtype) -> Work:
+    """Of one product: both factors read, the result written."""
+    m, k, n = product
+    return Work(2 * m * k * n, (m * k + k * n + m * n) * product_dtype(part, dtype).itemsize)
+
+
 def work_of_parts(b: Bucket) -> dict[Part, Work]:
     """FLOPs and least bytes of every part in one step."""
     s, size = b.shape, b.dtype.itemsize
     exact = max(size, 4)  # of canvas, moments, final norm and head
     flops: dict[Part, int] = defaultdict(int)
     moved: dict[Part, int] = defaultdict(int)
-    for part, (m, k, n) in linear_products(b):
-        flops[part] += 2 * m * k * n
-        moved[part] += (m * k + k * n + m * n) * (exact if part is Part.HEAD else size)
+    for part, product in linear_products(b):
+        work = product_work(part, product, b.dtype)
+        flops[part] += work.flops
+        moved[part] += work.bytes
     rows, read, values = b.batch * b.tokens, b.batch * s.reads, b.batch * b.kept * s.grid.patch_values
     # forward and backward: two products and four of the same size
     flops[Part.ATTENTION] = b.full_blocks * 12 * rows * b.tokens * b.inner

@@ -4,8 +4,9 @@
 
 On each axis the cost is fitted with ``ms = c * value^e``; the measured exponent stands beside the one that the FLOP
 count of ``smi_fast/model/flops.py`` predicts. Losses are checked at each point before anything is timed. The points of
-an axis take turns for a number of rounds, so that a change in the machine's speed hits all of them. Every axis gets an
-equal share of ``--seconds``; points and rounds that do not fit are left out, which is printed.
+an axis take turns for a number of rounds, so that a change in the machine's speed hits all of them. On CUDA a round is
+made of captured graphs, as in the inverter. Every axis gets an equal share of ``--seconds``; points and rounds that do
+not fit are left out, which is printed.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from benchmarks.harness.engine import FixedStep
 from benchmarks.harness.models import DTYPES, build_model, fixed_keep, grid_of, paper_kept
 from benchmarks.harness.results import RESULTS, Results
 from benchmarks.harness.tables import markdown, measured_on
-from benchmarks.harness.timing import quantile, seconds_each, spread, take_turns
+from benchmarks.harness.timing import quantile, spread, take_turns
 from smi_fast.config import InversionConfig
 from smi_fast.model.flops import iteration_flops
 from smi_fast.model.sparse_vit import SparseViT
@@ -59,7 +60,7 @@ class Plan:
     device: str
     dtype: str
     impl: str
-    steps: int  # iterations in a round
+    steps: int  # iterations in a round; on CUDA rounded up to whole captured graphs
     seconds: float  # for everything
 
 
@@ -70,7 +71,7 @@ class Timed:
     point: Point
     value: float
     flops: int  # of one image in one iteration
-    step: Callable[[], None]
+    clock: Callable[[], float]  # measures the seconds of an iteration once
     seconds: list[float] = field(default_factory=list)  # an iteration, one entry a round
 
 
@@ -113,8 +114,9 @@ class Bench:
         """Build, compile, check the losses."""
         model = self.model(point)
         keep = fixed_keep(point.batch, model.grid.patches, point.kept)
-        step = FixedStep(model, InversionConfig(), keep, self.plan.impl).check().step
-        return Timed(point, value_of(axis, point, model), iteration_flops(model.shape, point.kept), step)
+        step = FixedStep(model, InversionConfig(), keep, self.plan.impl).check()
+        flops, clock = iteration_flops(model.shape, point.kept), partial(step.seconds, self.plan.steps)
+        return Timed(point, value_of(axis, point, model), flops, clock)
 
     def measure(self, axis: str, points: list[Point], until: float) -> list[Timed]:
         """The points of an axis in rounds until ``time.monotonic() == until``; ends of the axis first."""
@@ -126,9 +128,7 @@ class Bench:
                 continue
             ready.append(self.set_up(axis, point))
             longest = max(longest, time.monotonic() - start)
-        plan = self.plan
-        clocks = {one.point: partial(seconds_each, one.step, plan.steps, plan.device) for one in ready}
-        seconds = take_turns(clocks, MOST_ROUNDS, until=until)
+        seconds = take_turns({one.point: one.clock for one in ready}, MOST_ROUNDS, until=until)
         for one in ready:
             one.seconds = seconds[one.point]
         print(f"{axis}: {len(ready)} points, {len(ready[0].seconds)} rounds", flush=True)

@@ -3,13 +3,14 @@
     python -m benchmarks run waterfall --device cpu
 
 Every row holds its gradient against float32 before it is timed, then the rows take turns at each stage of the paper's
-schedule. A row's speed is that over the whole schedule: 50, 50, 100, 100 and 3700 iterations. Peak memory is of the
-timed stages; then each row inverts the bundled teacher for a while, for the loss and top-1 of its images.
+schedule, the last stage first. A row's speed is that over the whole schedule: 50, 50, 100, 100 and 3700 iterations.
+Peak memory is of the timed stages; then each row inverts the bundled teacher for a while, for the loss and top-1 of its
+images. The CSV gets each stage and each inversion when it is measured; what is not known yet is empty.
 """
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from benchmarks.harness.timing import copy_bandwidth, matmul_rate, quantile, spr
 from benchmarks.harness.workers import Worker
 from benchmarks.systems.techniques import WATERFALL, Bench, Technique
 from smi_fast.config import InversionConfig
+
+SCHEDULE_COLUMNS = ("seconds_an_image", "image_iterations_per_s", "over_published", "tflop_per_s", "share_of_matmul")
 
 
 def checked_bench(technique: Technique, model: str, batch: int, device: str, stages: tuple[Stage, ...]) -> Bench:
@@ -44,17 +47,27 @@ class Timed:
     stages: tuple[Stage, ...]
     worker: Worker
     facts: dict[str, Any] = field(default_factory=dict)  # of `Bench.facts`
-    seconds: list[list[float]] = field(default_factory=list)  # by stage and round
+    seconds: dict[int, list[float]] = field(default_factory=dict)  # by stage: one entry a round
+    quality: dict[str, float] = field(default_factory=dict)  # of `Bench.quality`
     memory: int = 0
 
     def ready(self) -> None:
         """Wait until it is set up."""
         self.facts = self.worker.ready().call("facts")
 
-    def seconds_an_image(self) -> float:
-        """Over the whole schedule, from the medians of the stages."""
-        stages = zip(self.stages, self.seconds, self.facts["batches"], strict=True)
-        return sum(stage.length * quantile(times, 0.5) / batch for stage, times, batch in stages)
+    def seconds_an_image(self) -> float | None:
+        """Over the whole schedule, from the medians of the stages; None before all of them are measured."""
+        if len(self.seconds) < len(self.stages):
+            return None
+        stages = zip(self.stages, self.facts["batches"], strict=True)
+        return sum(
+            stage.length * quantile(self.seconds[index], 0.5) / batch for index, (stage, batch) in enumerate(stages)
+        )
+
+    def flops_an_image(self) -> float:
+        """True FLOPs over the whole schedule."""
+        stages = zip(self.facts["flops"], self.facts["batches"], self.stages, strict=True)
+        return sum(flops / batch * stage.length for flops, batch, stage in stages)
 
 
 @dataclass(frozen=True)
@@ -65,35 +78,73 @@ class Ceilings:
     bytes_per_s: float  # of a large copy
 
 
-def line(row: Timed, first: Timed, ceilings: Ceilings, quality: dict[str, float]) -> dict[str, Any]:
-    """One line of the CSV, but for the model."""
-    seconds, batches, flops = row.seconds_an_image(), row.facts["batches"], row.facts["flops"]
-    an_image = sum(f / batch * stage.length for f, batch, stage in zip(flops, batches, row.stages, strict=True))
-    columns: dict[str, Any] = {
+def measure_ceilings(device: str) -> Ceilings:
+    """In a few seconds."""
+    return Ceilings(matmul_rate(device, torch.bfloat16), copy_bandwidth(device))
+
+
+def of_schedule(row: Timed, first: Timed, ceilings: Ceilings) -> dict[str, Any]:
+    """The columns about the whole schedule, empty before all stages are measured."""
+    seconds, published = row.seconds_an_image(), first.seconds_an_image()
+    if seconds is None or published is None:
+        return dict.fromkeys(SCHEDULE_COLUMNS)
+    rate = row.flops_an_image() / seconds
+    figures = (
+        round(seconds, 4),
+        round(PAPER_ITERATIONS / seconds, 1),
+        round(published / seconds, 2),
+        round(rate / 1e12, 4),
+        round(rate / ceilings.flops_per_s, 3),
+    )
+    return dict(zip(SCHEDULE_COLUMNS, figures, strict=True))
+
+
+def of_stage(row: Timed, index: int) -> dict[str, Any]:
+    """The columns about one stage, empty before it is measured."""
+    columns: dict[str, Any] = {f"patches_{index}": row.stages[index].kept}
+    if index not in row.seconds:
+        names = (*(f"ms_{index}_p{share}" for share in (20, 50, 80)), f"tflop_per_s_{index}")
+        return columns | dict.fromkeys(names)
+    times = row.seconds[index]
+    columns |= spread(times, 1e3, 3, f"ms_{index}")
+    return columns | {f"tflop_per_s_{index}": round(row.facts["flops"][index] / quantile(times, 0.5) / 1e12, 4)}
+
+
+def line(row: Timed, first: Timed, ceilings: Ceilings) -> dict[str, Any]:
+    """One line of the CSV, but for the model; what is not known yet is empty."""
+    loss, top1 = row.quality.get("final_loss"), row.quality.get("teacher_top1")
+    columns = {
         "row": row.technique.name,
         "dtype": row.technique.dtype,
-        "batches": " ".join(map(str, batches)),
-        "seconds_an_image": round(seconds, 4),
-        "image_iterations_per_s": round(PAPER_ITERATIONS / seconds, 1),
-        "over_published": round(first.seconds_an_image() / seconds, 2),
-        "tflop_per_s": round(an_image / seconds / 1e12, 4),
-        "share_of_matmul": round(an_image / seconds / ceilings.flops_per_s, 3),
+        "batches": " ".join(map(str, row.facts["batches"])),
+        **of_schedule(row, first, ceilings),
     }
-    for index, (stage, times) in enumerate(zip(row.stages, row.seconds, strict=True)):
-        columns[f"patches_{index}"] = stage.kept
-        columns |= spread(times, 1e3, 3, f"ms_{index}")
-        columns[f"tflop_per_s_{index}"] = round(flops[index] / quantile(times, 0.5) / 1e12, 4)
+    for index in range(len(row.stages)):
+        columns |= of_stage(row, index)
     return columns | {
         "gradient_error": f"{row.facts['error']:.2g}",
-        "peak_memory_mib": round(row.memory / 2**20),
+        "peak_memory_mib": round(row.memory / 2**20) if row.memory else None,
         "seconds_compile": round(row.facts["seconds_compile"], 1),
         "seconds_setup": round(row.worker.seconds_setup, 1),
-        "final_loss": round(quality["final_loss"], 4),
-        "teacher_top1": round(quality["teacher_top1"], 3),
-        "rounds": len(row.seconds[0]),
+        "final_loss": None if loss is None else round(loss, 4),
+        "teacher_top1": None if top1 is None else round(top1, 3),
+        "rounds": min(map(len, row.seconds.values())),
         "matmul_tflop_per_s": round(ceilings.flops_per_s / 1e12, 4),
         "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
     }
+
+
+class Sheet:
+    """The CSV of a run, written anew as more becomes known of its rows."""
+
+    def __init__(self, model: str, ceilings: Ceilings, results: Results) -> None:
+        self.model, self.ceilings, self.results = model, ceilings, results
+
+    def write(self, rows: list[Timed]) -> None:
+        """What is known of all rows by now."""
+        for index, row in enumerate(rows):
+            ours = InversionConfig() if row.technique.system == "ours" else None
+            self.results.put(index, {"model": self.model} | line(row, rows[0], self.ceilings), ours)
 
 
 def set_up(args: argparse.Namespace) -> list[Timed]:
@@ -115,28 +166,33 @@ def set_up(args: argparse.Namespace) -> list[Timed]:
     return rows
 
 
-def measure(rows: list[Timed], args: argparse.Namespace) -> None:
-    """All rows at all stages, taking turns."""
-    for index, stage in enumerate(rows[0].stages):
+def measure(rows: list[Timed], args: argparse.Namespace, sheet: Sheet) -> None:
+    """All rows at all stages, taking turns; the last stage, which is most of the schedule, comes first."""
+    for index in reversed(range(len(rows[0].stages))):
         clocks = {row.technique.name: partial(row.worker.call, "seconds", index, args.steps) for row in rows}
         found = take_turns(clocks, args.rounds)
         for row in rows:
-            row.seconds.append(found[row.technique.name])
-        print(f"{stage.kept} patches: {args.rounds} rounds done", flush=True)
+            row.seconds[index] = found[row.technique.name]
+        sheet.write(rows)
+        print(f"{rows[0].stages[index].kept} patches: {args.rounds} rounds done", flush=True)
     for row in rows:
         row.memory = row.worker.call("memory")
+    # a ceiling: other work can only lower it
+    again = matmul_rate(args.device, torch.bfloat16)
+    sheet.ceilings = replace(sheet.ceilings, flops_per_s=max(sheet.ceilings.flops_per_s, again))
+    sheet.write(rows)
 
 
-def write(rows: list[Timed], ceilings: Ceilings, args: argparse.Namespace, results: Results) -> None:
-    """Let each row invert the teacher, and write it."""
+def invert(rows: list[Timed], args: argparse.Namespace, sheet: Sheet) -> None:
+    """Let each row invert the teacher, and close it."""
     # nothing is timed any more: on a GPU's machine, with its cores, all of them at once
     for group in [rows] if args.device != "cpu" else [[row] for row in rows]:
         for row in group:
             row.worker.ask("quality", args.quality_iterations)
         for row in group:
-            ours = InversionConfig() if row.technique.system == "ours" else None
-            columns = line(row, rows[0], ceilings, row.worker.answer())
-            results.append({"model": args.model} | columns, ours)
+            row.quality = row.worker.answer()
+            sheet.write(rows)
+            columns = line(row, rows[0], sheet.ceilings)
             print(
                 f"{columns['row']:22s} {columns['image_iterations_per_s']:10.1f} image-it/s  "
                 f"{columns['over_published']:6.2f}x  {columns['share_of_matmul']:.0%} of matmul  "
@@ -200,11 +256,10 @@ def main(arguments: Sequence[str]) -> None:
     """Parse, measure, write."""
     args = parse(arguments)
     results = Results(args.out, "waterfall", args.device)
-    rate = matmul_rate(args.device, torch.bfloat16)
+    sheet = Sheet(args.model, measure_ceilings(args.device), results)
     rows = set_up(args)
-    measure(rows, args)
-    rate = max(rate, matmul_rate(args.device, torch.bfloat16))  # a ceiling: other work can only lower it
-    write(rows, Ceilings(rate, copy_bandwidth(args.device)), args, results)
+    measure(rows, args, sheet)
+    invert(rows, args, sheet)
     if args.plot:
         plot(results.rows, args.out.with_suffix(".png"))
 
@@ -228,9 +283,10 @@ def waterfall_table(rows: list[Row]) -> str:
     for row in rows:
         times = [row[f"ms_{index}_p50"] for index in range(count)]
         times[-1] += f" ({row[f'ms_{count - 1}_p20']} to {row[f'ms_{count - 1}_p80']})"
-        what = [row["row"], row["image_iterations_per_s"], f"{row['over_published']}x", *times]
-        what += [f"{float(row['share_of_matmul']):.0%}", row["peak_memory_mib"], row["seconds_compile"]]
-        cells.append([*what, row["final_loss"], row["teacher_top1"]])
+        over, share = row["over_published"], row["share_of_matmul"]
+        what = [row["row"], row["image_iterations_per_s"], over and f"{over}x", *times]
+        what += [share and f"{float(share):.0%}", row["peak_memory_mib"], row["seconds_compile"]]
+        cells.append([cell or "not measured" for cell in (*what, row["final_loss"], row["teacher_top1"])])
     measured = {row["row"] for row in rows}
     missing = [technique.name for technique in WATERFALL if technique.name not in measured]
     note = f"\nNot measured here: {', '.join(missing)}.\n" if missing else ""

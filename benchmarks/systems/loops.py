@@ -28,6 +28,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from benchmarks.harness.engine import stages_of
+from benchmarks.systems.attention import torch_attention
 from smi_fast.model.from_timm import check_supported
 
 LR, BETAS = 0.25, (0.5, 0.99)
@@ -86,7 +87,8 @@ def attend(layer: Attention, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | N
     query, key, value = layer.q_norm(heads[0]), layer.k_norm(heads[1]), heads[2]  # [B, H, N, d]
     matrices = None
     if fused:
-        out = F.scaled_dot_product_attention(query, key, value)
+        # under autocast a norm of queries or keys is float32
+        out = torch_attention(query.to(value.dtype), key.to(value.dtype), value)
     else:
         matrices = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)
         out = matrices @ value

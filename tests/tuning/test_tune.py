@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,22 +248,60 @@ class Choosy:
 def test_attention_is_chosen_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"flash": 2.0, "efficient": 3.0, "math": 4.0, "tile": 1.0, "plain": float("inf")}
     calls: list[tuple[int, int, str]] = []
+    captured: list[tuple[int, str]] = []
 
-    def timer(model: Any, tokens: int, batch: int, name: str) -> float:
-        calls.append((tokens, batch, name))
-        return seconds[name] if tokens < 100 or name == "efficient" else float("inf")
+    def clock_of(model: Any, tokens: int, batch: int, name: str) -> Callable[[], float]:
+        captured.append((tokens, name))
 
-    monkeypatch.setattr(attention_module, "attention_seconds", timer)
+        def clock() -> float:
+            calls.append((tokens, batch, name))
+            return seconds[name] if tokens < 100 or name == "efficient" else float("inf")
+
+        return clock
+
+    monkeypatch.setattr(attention_module, "attention_clock", clock_of)
     model: Any = Choosy()
     chosen = attention_module.tune_attention(model, {197: 2, 47: 8, 13: 8}, 2, lambda line: None)
     assert chosen == {197: "efficient", 47: "tile"}
     assert model.attention_choices == {197: "efficient", 47: "tile", 13: "math"}
     assert [name for tokens, _, name in calls if tokens == 47] == [*attention_module.NAMES] * 3, "they take turns"
     assert {tokens for tokens, *_ in calls} == {197, 47}, "a choice that was made stands"
+    assert len(captured) == len(set(captured)) == 2 * len(attention_module.NAMES), "captured once, replayed each round"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), ValueError("cannot run"), RuntimeError("no")]
+)
+def test_attention_that_does_not_run_takes_for_ever(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*args: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(attention_module, "_Capture", refuse)
+    assert attention_module.attention_clock(make_model(), 13, 2, "flash")() == float("inf")
+
+
+def test_attention_is_timed_on_a_packed_projection(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured, as far as a CPU can tell: forward and backward, with the gradient in one piece."""
+    model, found = make_model(torch.float32), []
+    waits: list[Any] = []
+    monkeypatch.setattr(attention_module, "wait", waits.append)
+
+    def capture(call: Callable[[], Any], device: Any) -> Any:
+        return SimpleNamespace(replay=lambda: found.append(call()))
+
+    monkeypatch.setattr(attention_module, "_Capture", capture)
+    clock = attention_module.attention_clock(model, 13, 2, "plain")
+    with torch.no_grad():
+        assert 0 < clock() < 10
+    ((gradient,),) = found
+    assert gradient.shape == (2, 13, 3, model.shape.heads, model.shape.head_width)
+    assert len(waits) == 2, "before and after a replay"
 
 
 def test_no_attention_is_chosen_on_a_cpu(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_module, "attention_seconds", None)
+    monkeypatch.setattr(attention_module, "attention_clock", None)
     assert attention_module.tune_attention(make_model(), {13: 4}, 1, print) == {}
 
 

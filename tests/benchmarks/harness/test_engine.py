@@ -1,12 +1,15 @@
 """Our step at a fixed set of patches is held against the eager one, and its gradient against autograd's."""
 
+import contextlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.harness import engine
 from benchmarks.harness.engine import REFERENCE, FixedStep, StageRunners
 from benchmarks.harness.models import fixed_keep
 from benchmarks.systems.loops import batch_total_variation
@@ -33,6 +36,39 @@ def test_a_step_that_goes_wrong_is_not_timed(model: SparseViT) -> None:
     fixed.run = scaled(float("nan"))
     with pytest.raises(AssertionError, match="not finite"):
         fixed.check()
+
+
+def test_a_cpu_is_timed_step_by_step(model: SparseViT, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = FixedStep(model, InversionConfig(), fixed_keep(BATCH, model.grid.patches, KEPT), "eager")
+    monkeypatch.setattr(engine, "Runner", None)
+    calls: list[Any] = []
+    fixed.run = calls.append
+    assert fixed.seconds(3) > 0
+    assert len(calls) == 3
+
+
+def test_a_gpu_is_timed_in_whole_captures(model: SparseViT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a CPU can tell: what the runner is asked for, and what the time is divided by."""
+    advanced: list[int] = []
+
+    class Captured(engine.Runner):
+        def advance(self, most: int) -> int:
+            advanced.append(most)
+            return engine.UNROLLED
+
+    fixed = FixedStep(model, InversionConfig(), fixed_keep(BATCH, model.grid.patches, KEPT), "eager")
+    fixed.model = SimpleNamespace(device=torch.device("cuda"))  # type: ignore[assignment]
+    monkeypatch.setattr(engine, "Runner", lambda step, state, pool: Captured(step, state, None))
+    monkeypatch.setattr(engine, "current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(engine, "seconds_each", lambda call, count, device: [call() for _ in range(count)] and 3.0)
+    runners = []
+    for steps, most in ((5, [10]), (10, [10]), (11, [20, 10])):
+        advanced.clear()
+        assert fixed.seconds(steps) == pytest.approx(3.0 / sum(most[:1]))
+        assert advanced == most
+        runners.append(fixed._runner)
+    assert len(set(map(id, runners))) == 1, "captured once"
 
 
 def test_gradients_are_those_of_the_loss(make_model: Callable[..., SparseViT]) -> None:

@@ -1,5 +1,6 @@
 """The scaling benchmark: its points, its fit, its rows, what it leaves out and what it refuses."""
 
+import functools
 import importlib.util
 import math
 import time
@@ -87,9 +88,15 @@ def test_points_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "MOST_ROUNDS", 2)
     order: list[int] = []
     bench = scaling.Bench(scaling.Plan("cpu", "fp32", "eager", 2, 1), tiny)
-    monkeypatch.setattr(bench, "set_up", lambda axis, p: scaling.Timed(p, p.kept, 1, lambda: order.append(p.kept)))
-    bench.measure("sparsity", scaling.make_axis("sparsity", BASE, "cpu")[:2], time.monotonic() + 60)
-    assert order == [196, 196, 46, 46] * 3
+
+    def clock(point: scaling.Point) -> float:
+        order.append(point.kept)
+        return point.kept / 100
+
+    monkeypatch.setattr(bench, "set_up", lambda axis, p: scaling.Timed(p, p.kept, 1, functools.partial(clock, p)))
+    found = bench.measure("sparsity", scaling.make_axis("sparsity", BASE, "cpu")[:2], time.monotonic() + 60)
+    assert order == [196, 46] * 3
+    assert [one.seconds for one in found] == [[0.46, 0.46], [1.96, 1.96]]
 
 
 def test_only_the_base_model_is_kept_from_axis_to_axis(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
