@@ -10,7 +10,8 @@ loaded, in float64: a product of two rounded numbers would be rounded twice.
 import torch
 from torch import Tensor, nn
 
-from smi_fast.model.sparse_vit import FrozenBlock, Norm, SparseViT
+from smi_fast.model.block import FrozenBlock, Norm
+from smi_fast.model.sparse_vit import SparseViT
 
 FULL = ("float32", "float64")
 

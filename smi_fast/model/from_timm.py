@@ -22,7 +22,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast.kernels.common.grid import Grid
-from smi_fast.model.sparse_vit import FrozenBlock, Norm, SparseViT, ViTParts
+from smi_fast.model.block import FrozenBlock, Norm
+from smi_fast.model.sparse_vit import SparseViT, ViTParts
 from smi_fast.model.spec import ModelInfo, ViTShape
 
 NORMS = (nn.Identity, nn.LayerNorm, LayerNorm)
@@ -138,7 +139,8 @@ def _norm(layer: nn.Module) -> Norm:
 def _block(block: Any) -> FrozenBlock:
     gamma1, gamma2 = (ls.gamma.detach() if isinstance(ls, LayerScale) else None for ls in (block.ls1, block.ls2))
     attn, mlp = block.attn, block.mlp
-    act: Callable[[Tensor], Tensor] = copy.deepcopy(mlp.act)
+    # timm's own GELU computes what torch's does
+    act: Callable[[Tensor], Tensor] = nn.GELU() if type(mlp.act) is GELU else copy.deepcopy(mlp.act)
     return FrozenBlock(
         attn.num_heads,
         (_norm(block.norm1), _norm(block.norm2)),

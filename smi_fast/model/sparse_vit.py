@@ -8,24 +8,19 @@ Two cuts make it cheaper than a forward of the whole model, and change nothing i
   and values for all). The softmax row of CLS there is the CLS score.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smi_fast.kernels.cls_attention import cls_attention
 from smi_fast.kernels.common.check import check_ids
 from smi_fast.kernels.common.grid import Grid, Moves
 from smi_fast.kernels.patch_gather import patch_gather
-from smi_fast.kernels.tile_attention import parts_of
-from smi_fast.model.attention import attention, attention_weights, packed_attention, require
+from smi_fast.model.attention import require
+from smi_fast.model.block import FrozenBlock, Norm, Stream
 from smi_fast.model.scaled_linear import ScaledLinear
 from smi_fast.model.spec import ModelInfo, Needs, ViTShape
-
-Norm = nn.LayerNorm | nn.Identity
 
 
 class ViTOutput(NamedTuple):
@@ -35,80 +30,6 @@ class ViTOutput(NamedTuple):
     cls_scores: Tensor  # [B, K] float32
     features: dict[int, Tensor]  # outputs of blocks, [B, N, D] each
     attention: dict[int, Tensor]  # attention maps of blocks after the softmax, [B, H, N, N] float32 each
-
-
-class FrozenBlock(nn.Module):
-    """A pre-norm transformer block; LayerScale, where a model has it, is folded into ``proj`` and ``fc2``.
-
-    ``scale`` is that of attention's logits: None for ``1 / sqrt(d)``, 1 where the queries come scaled, see `fold`.
-    """
-
-    def __init__(
-        self,
-        heads: int,
-        norms: tuple[Norm, Norm],
-        attention_layers: tuple[nn.Linear, Norm, Norm, nn.Linear],
-        mlp: tuple[nn.Linear, Callable[[Tensor], Tensor], nn.Linear],
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = norms
-        self.qkv: nn.Linear | ScaledLinear
-        self.qkv, self.q_norm, self.k_norm, self.proj = attention_layers
-        self.fc1, self.act, self.fc2 = mlp
-        self.scale: float | None = None
-
-    def _pack(self, projected: Tensor, parts: int) -> Tensor:
-        """``[B, N, parts * H * d]`` to ``[B, N, parts, H, d]``."""
-        return projected.unflatten(2, (parts, self.heads, -1))
-
-    def _project(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Outputs ``first`` to ``last`` of ``qkv``: ``[B, M, D]`` to ``[B, M, last - first]``."""
-        if isinstance(self.qkv, ScaledLinear):
-            return self.qkv.part(x, first, last)
-        weight, bias = self.qkv.weight, self.qkv.bias
-        return F.linear(x, weight[first:last], None if bias is None else bias[first:last])
-
-    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Projection, MLP and both residual sums; ``x [B, M, D]``, ``attended [B, H, M, d]``."""
-        x = x + self.proj(attended.transpose(1, 2).flatten(2))
-        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
-
-    def forward(self, x: Tensor, choice: str | None = None) -> Tensor:
-        """``[B, N, D]`` to ``[B, N, D]``; ``choice`` of attention as in `attention`."""
-        packed = self._pack(self.qkv(self.norm1(x)), 3)
-        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
-            return self._finish(x, packed_attention(packed, choice=choice, scale=self.scale))
-        query, key, value = parts_of(packed)
-        query, key = self.q_norm(query), self.k_norm(key)
-        return self._finish(x, attention(query, key, value, choice=choice, scale=self.scale))
-
-    def forward_with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The block with its attention map written out: ``[B, N, D]``, and ``[B, H, N, N]`` in float32 at least."""
-        query, key, value = parts_of(self._pack(self.qkv(self.norm1(x)), 3))
-        weights = attention_weights(self.q_norm(query), self.k_norm(key), self.scale)
-        return self._finish(x, weights.to(value.dtype) @ value), weights
-
-    def forward_last(self, x: Tensor, prefix: int, reads: int) -> tuple[Tensor, Tensor]:
-        """The block for the first ``reads`` tokens alone: ``[B, reads, D]``, and the CLS scores ``[B, K]``."""
-        normed = self.norm1(x)
-        inner = self.qkv.out_features // 3
-        (query,) = parts_of(self._pack(self._project(first_tokens(normed, reads), 0, inner), 1))
-        key, value = parts_of(self._pack(self._project(normed, inner, 3 * inner), 2))
-        attended, scores = cls_attention(self.q_norm(query), self.k_norm(key), value, prefix, scale=self.scale)
-        return self._finish(first_tokens(x, reads), attended), scores
-
-    def forward_with_scores(self, x: Tensor, prefix: int, choice: str | None = None) -> tuple[Tensor, Tensor]:
-        """The block for all tokens, for heads that average the patches: ``[B, N, D]``, CLS scores ``[B, K]``."""
-        query, key, value = parts_of(self._pack(self.qkv(self.norm1(x)), 3))
-        query, key = self.q_norm(query), self.k_norm(key)
-        _, scores = cls_attention(query[:, :, :1], key, value, prefix, scale=self.scale)
-        return self._finish(x, attention(query, key, value, choice=choice, scale=self.scale)), scores
-
-
-def first_tokens(x: Tensor, count: int) -> Tensor:
-    """``[B, count, D]`` of ``[B, N, D]``; a split, whose backward is a concatenation and not a scatter into zeros."""
-    return x.split([count, x.shape[1] - count], 1)[0]
 
 
 @dataclass
@@ -245,27 +166,31 @@ class SparseViT(nn.Module):
         x = torch.cat([self.prefix_tokens.expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
         x = self.norm_pre(x)
         choice = self.attention_choices.get(x.shape[1])
+        stream = Stream(x)
         features: dict[int, Tensor] = {}
         maps: dict[int, Tensor] = {}
         last = self.shape.depth - 1
         for index, block in enumerate(self.blocks):
             assert isinstance(block, FrozenBlock)
             if index in needs.attention:
-                x, maps[index] = block.forward_with_attention(x)
+                stream, maps[index] = block.forward_with_attention(stream)
             elif index < last:
-                x = block(x, choice)
+                stream = block(stream, choice)
             else:
                 break
             if index in needs.features:
-                features[index] = x
+                stream = Stream(stream.total)
+                features[index] = stream.x
         if last in maps:
             scores = maps[last][:, :, 0, self.shape.prefix :].mean(1)
         elif last in needs.features or not self.shape.reads:
-            x, scores = self._last.forward_with_scores(x, self.shape.prefix, choice)
-            features |= {last: x} if last in needs.features else {}
+            stream, scores = self._last.forward_with_scores(stream, self.shape.prefix, choice)
+            if last in needs.features:
+                stream = Stream(stream.total)
+                features[last] = stream.x
         else:
-            x, scores = self._last.forward_last(x, self.shape.prefix, self.shape.reads)
-        return ViTOutput(self._head(x), scores, features, maps)
+            stream, scores = self._last.forward_last(stream, self.shape.prefix, self.shape.reads)
+        return ViTOutput(self._head(stream.total), scores, features, maps)
 
     @property
     def _last(self) -> FrozenBlock:

@@ -36,7 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast.kernels.tile_attention import parts_of
-from smi_fast.model.sparse_vit import FrozenBlock, SparseViT
+from smi_fast.model.block import FrozenBlock
+from smi_fast.model.sparse_vit import SparseViT
 
 Site = Callable[[str, Tensor], Tensor]
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from smi_fast.kernels.common.grid import Grid
 from smi_fast.model import ModelInfo, SparseViT, ViTShape
-from smi_fast.model.sparse_vit import FrozenBlock, Norm, ViTParts
+from smi_fast.model.block import FrozenBlock, Norm
+from smi_fast.model.sparse_vit import ViTParts
 
 BLOCK_NORMS = ("norm1", "norm2", "q_norm", "k_norm")
 

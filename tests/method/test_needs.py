@@ -13,7 +13,8 @@ from smi_fast.engine.step import build_step
 from smi_fast.method.objective import Objective
 from smi_fast.method.priors import L2, TotalVariation
 from smi_fast.method.view import View
-from smi_fast.model.sparse_vit import FrozenBlock, SparseViT, ViTOutput
+from smi_fast.model.block import FrozenBlock, Stream
+from smi_fast.model.sparse_vit import SparseViT, ViTOutput
 from smi_fast.model.spec import Needs
 from smi_fast.plugins import register
 from tests.conftest import build_vit
@@ -111,9 +112,9 @@ def test_the_forward_computes_what_priors_need(make_model: MakeModel, monkeypatc
     written: list[int] = []
     original = FrozenBlock.forward_with_attention
 
-    def counted(self: FrozenBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(self: FrozenBlock, stream: Stream) -> tuple[Stream, Tensor]:
         written.append(1)
-        return original(self, x)
+        return original(self, stream)
 
     monkeypatch.setattr(FrozenBlock, "forward_with_attention", counted)
     model = make_model(torch.float32)

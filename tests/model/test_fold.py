@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast import load_model
+from smi_fast.model.block import FrozenBlock
 from smi_fast.model.fold import fold
 from smi_fast.model.fp8 import to_fp8
-from smi_fast.model.sparse_vit import FrozenBlock, SparseViT
+from smi_fast.model.sparse_vit import SparseViT
 from tests.model.test_parity import BATCH, adapt, assert_close, build, images, random_keep, timm_cls_scores, timm_logits
 
 MakeModel = Callable[..., SparseViT]
