@@ -9,6 +9,7 @@ from benchmarks.speed.kernel_cases import Function, Op, Shape, randn
 from benchmarks.systems.attention import torch_attention
 from smi_fast.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from smi_fast.kernels.cls_attention import cls_attention, cls_attention_reference
+from smi_fast.kernels.mlp import mlp, mlp_reference
 from smi_fast.kernels.tile_attention import packed_tile_attention, parts_of, tile_attention, unsupported
 
 EPS = 1e-6  # of the norms
@@ -158,6 +159,50 @@ def norm_ops(s: Shape) -> list[Op]:
     ]
 
 
+def mlp_with_backward(function: Function) -> Function:
+    """Result, and the gradient of ``x``, for a cotangent that comes last."""
+
+    def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            out = function(leaf, *rest[:-1])
+            return out.detach(), *torch.autograd.grad(out, leaf, rest[-1])
+
+    return run
+
+
+def mlp_ops(s: Shape) -> list[Op]:
+    """Both layers with four times as many hidden values: forward, and both ways; none in float32, which has no kernel.
+
+    Bytes: of what must go through memory, GELU's results and derivative among it; FLOPs: two products each way.
+    """
+    if s.dtype.itemsize != 2:
+        return []
+    side, rows = width(s), s.batch * (s.kept + 1)
+
+    def draw_all(draw: torch.Generator) -> tuple[Tensor, ...]:
+        weight1, weight2 = (side**-0.5 * randn(draw, s, *shape) for shape in ((4 * side, side), (side, 4 * side)))
+        bias1, bias2 = (randn(draw, s, sides, dtype=s.dtype) for sides in (4 * side, side))
+        return tokens(draw, s), weight1.to(s.dtype), bias1, weight2.to(s.dtype), bias2
+
+    def draw_both(draw: torch.Generator) -> tuple[Tensor, ...]:
+        return *draw_all(draw), tokens(draw, s)
+
+    def kernel(*args: Tensor) -> Tensor:
+        return mlp(*args, impl="triton")
+
+    weights, flops = 8 * side * side, 16 * rows * side * side
+    forward = s.dtype.itemsize * (weights + rows * side * (2 + 8 + 4))
+    both = forward + s.dtype.itemsize * (weights + rows * side * (2 + 8 + 4))
+    return [
+        Op("mlp", forward, draw_all, mlp_reference, kernel, 2e-2, flops=flops),
+        Op(
+            "mlp, with backward", both, draw_both, mlp_reference, mlp_with_backward(kernel), 2e-2, mlp_with_backward,
+            2 * flops,
+        ),
+    ]  # fmt: skip
+
+
 def block_ops(shape: Shape) -> list[Op]:
     """Every op of the blocks at a shape."""
-    return attention_ops(shape) + tile_ops(shape) + norm_ops(shape)
+    return attention_ops(shape) + tile_ops(shape) + norm_ops(shape) + mlp_ops(shape)

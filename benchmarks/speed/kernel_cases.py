@@ -59,6 +59,7 @@ class Op:
     kernel: Function
     tolerance: float  # relative, of the kernel against the reference; 0 for index ops
     wrap: Callable[[Function], Function] = lambda function: function  # around the reference, once it is compiled
+    flops: int = 0  # of matrix products; 0 where bytes alone count
 
 
 def randn(draw: torch.Generator, shape: Shape, *sides: int, dtype: torch.dtype = torch.float32) -> Tensor:

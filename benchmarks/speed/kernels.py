@@ -130,6 +130,7 @@ def row(op: Op, shape: Shape, seconds: dict[str, list[float]], copy: float) -> d
         "kept": shape.kept,
         "dtype": str(shape.dtype).removeprefix("torch."),
         "least_bytes": op.least_bytes,
+        "flops": op.flops,
     }
     for name in ("eager", "compiled", "triton"):
         line |= dict.fromkeys((f"{name}_us_p20", f"{name}_us_p50", f"{name}_us_p80"))
@@ -138,6 +139,7 @@ def row(op: Op, shape: Shape, seconds: dict[str, list[float]], copy: float) -> d
     speed = op.least_bytes / statistics.median(ours) if ours else 0.0
     line["triton_gb_per_s"] = round(speed / 1e9, 1) if ours else None
     line["share_of_copy"] = round(speed / copy, 3) if ours else None
+    line["triton_tflop_per_s"] = round(op.flops / statistics.median(ours) / 1e12, 1) if ours and op.flops else None
     for name in ("eager", "compiled"):
         theirs = seconds.get(name)
         line[f"speed_up_over_{name}"] = round(median_ratio(theirs, ours), 2) if theirs and ours else None
@@ -202,7 +204,7 @@ def kernel_table(rows: list[Row]) -> str:
     rows = [row for row in rows if row["batch"] == first["batch"]]
     with_kernels = any(row["triton_us_p50"] for row in rows)
     columns = ["op", "image/patch", "B", "K", "dtype", "least MB", "eager us", "compiled us"]
-    columns += ["Triton us", "share of copy"] if with_kernels else []
+    columns += ["Triton us", "share of copy", "TFLOP/s"] if with_kernels else []
     about = (
         f"{measured_on(first, 'triton')}; a large "
         f"copy moves {first['copy_gb_per_s']} GB/s. Medians of {first['rounds']} rounds in which the systems took "
@@ -214,6 +216,6 @@ def kernel_table(rows: list[Row]) -> str:
         cells += [f"{int(row['least_bytes']) / 1e6:.2f}", row["eager_us_p50"], row["compiled_us_p50"]]
         if with_kernels:
             around = f"{row['triton_us_p50']} ({row['triton_us_p20']} to {row['triton_us_p80']})"
-            cells += [around if row["triton_us_p50"] else "", row["share_of_copy"]]
+            cells += [around if row["triton_us_p50"] else "", row["share_of_copy"], row["triton_tflop_per_s"] or "-"]
         lines.append([cell or "not measured" for cell in cells])
     return markdown(about, columns, lines)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from smi_fast.kernels.common.dispatch import triton
-from smi_fast.kernels.common.launch import Config, Launch
+from smi_fast.kernels.common.launch import Config, Launch, ProductConfig
 
 AUTOTUNE_VARIABLE = "SMI_FAST_AUTOTUNE"
 
 # the shape class of a patch op is the patch side; of the attention and of select_patches the number of tokens or
-# patches, rounded up to a power of two; of remap the length of a row; of add_layer_norm that too, rounded up
-# likewise. Classes that are not listed use the entry 0
+# patches, rounded up to a power of two; of remap the length of a row; of add_layer_norm that too, and of mlp the number
+# of rows, rounded up likewise. Classes that are not listed use the entry 0
 PINNED: dict[str, dict[int, Config]] = {
     "patch_gather": {0: Config(1024, 4)},
     "patch_ungather": {0: Config(512, 4)},
@@ -46,11 +46,19 @@ PINNED: dict[str, dict[int, Config]] = {
     # rows of up to 1024 fit into the registers of one warp
     "add_layer_norm": {0: Config(1, 8), 256: Config(1, 1), 512: Config(1, 1), 1024: Config(1, 1)},
     "add_layer_norm_backward": {0: Config(1, 8), 256: Config(1, 1), 512: Config(1, 1), 1024: Config(1, 1)},
+    # two programs a multiprocessor, so that one multiplies while the other is in its epilogue
+    "mlp": {0: ProductConfig(128, 8, 128, 64, 3)},
+    "mlp_backward": {0: ProductConfig(128, 8, 128, 64, 3)},
 }
 CANDIDATES = tuple(Config(block, warps) for block in (128, 256, 512, 1024) for warps in (1, 2, 4, 8))
 OWN_CANDIDATES: dict[str, tuple[Config, ...]] = {  # by the beginning of an op's name
     "tile_attention": tuple(Config(queries, warps) for queries in (16, 32, 64, 128) for warps in (2, 4, 8, 16)),
     "add_layer_norm": tuple(Config(rows, warps) for rows in (1, 2, 4) for warps in (1, 2, 4, 8)),
+    "mlp": tuple(
+        ProductConfig(rows, warps, columns, depth, stages)
+        for rows, columns, warps in ((64, 128, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8))
+        for depth, stages in ((32, 4), (64, 3), (64, 4))
+    ),
 }
 _tuned: dict[tuple[str, int], Config] = {}
 

@@ -23,6 +23,23 @@ class Config:
 
 
 @dataclass(frozen=True)
+class ProductConfig(Config):
+    """Of a matrix product: a program computes ``block`` rows and ``columns`` of it, ``depth`` terms in a step.
+
+    ``stages`` steps are in flight.
+    """
+
+    columns: int
+    depth: int
+    stages: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that hold the operands in flight, of 16 bits."""
+        return 2 * self.stages * self.depth * (self.block + self.columns)
+
+
+@dataclass(frozen=True)
 class Launch:
     """One launch; ``arguments`` and ``constants`` (``tl.constexpr``) by the kernel's parameter names."""
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.kernel
 def test_kernels_agree_with_references(dtype: torch.dtype) -> None:
     shape = Shape(Grid(16, 24, 8), 2, 4, dtype, 2, DEVICE)
     ops = all_ops(shape)
-    assert len({op.name for op in ops}) == len(ops) == 16
+    assert len({op.name for op in ops}) == len(ops) == (16 if dtype == torch.float32 else 18)
     for op in ops:
         draw = torch.Generator(DEVICE).manual_seed(SEED)
         check(op, op.kernel, "triton", draw)

@@ -13,6 +13,7 @@ from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Up
 from smi_fast.kernels.add_layer_norm import add_layer_norm
 from smi_fast.kernels.cls_attention import cls_attention
 from smi_fast.kernels.common.grid import Grid, Moves, slot_of_patch
+from smi_fast.kernels.mlp import mlp
 from smi_fast.kernels.patch_cells import put_patches_, take_patches
 from smi_fast.kernels.patch_gather import patch_gather
 from smi_fast.kernels.patch_mask import composite, kept_statistics, patch_mask
@@ -86,6 +87,13 @@ OPS = {
         lambda **t: add_layer_norm(**t, eps=1e-6),
         {"x": KEY, "branch": KEY.clone(), "weight": torch.ones(8), "bias": torch.zeros(8)},
     ),
+    "mlp": Op(
+        mlp,
+        {
+            "x": KEY, "weight1": torch.zeros(6, 8), "bias1": torch.zeros(6), "weight2": torch.zeros(4, 6),
+            "bias2": torch.zeros(4),
+        },
+    ),
     "select_patches": Op(lambda **t: select_patches(**t, count=2), {"scores": SCORES}),
     "remap": Op(remap, {"state": PATCHES, "slots": torch.tensor([[0], [1]])}),
     "patch_mask": Op(lambda **t: patch_mask(**t, grid=GRID), {"keep": KEEP}),
@@ -112,8 +120,9 @@ SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
     "device": lambda tensor: tensor.to("meta"),
     "empty": lambda tensor: tensor[:0],
 }
-# one tensor alone is on one device; remap takes any rank from 2 on, and any dtype
+# one tensor alone is on one device; mlp takes any rank; remap takes any rank from 2 on, and any dtype
 FINE = {("select_patches", "scores", "device"), ("patch_mask", "keep", "device")}
+FINE |= {("mlp", "x", "rank")}
 FINE |= {("packed_tile_attention", "packed", "device")}
 FINE |= {("remap", "state", "rank"), ("remap", "state", "dtype")}
 ALL = [row for op in OPS for name in OPS[op].tensors for how in SPOILED if (row := (op, name, how)) not in FINE]

@@ -8,6 +8,7 @@ from torch.library import opcheck
 from smi_fast.kernels import adam_update as adam_module
 from smi_fast.kernels import add_layer_norm as norm_module
 from smi_fast.kernels import cls_attention as attention_module
+from smi_fast.kernels import mlp as mlp_module
 from smi_fast.kernels import patch_cells as cells_module
 from smi_fast.kernels import patch_gather as gather_module
 from smi_fast.kernels import patch_mask as mask_module
@@ -100,6 +101,16 @@ def test_opcheck_of_add_layer_norm(dtype: torch.dtype) -> None:
             opcheck(norm_module._norm_backward, arguments, **exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck_of_mlp(dtype: torch.dtype) -> None:
+    rows = canvas(dtype)[:, :, 0]  # [B, 3, 12], strided
+    weight, bias = canvas(dtype)[0, 1], canvas(dtype)[1, 2, :, 3]  # [8, 12] and [8]
+    for b in (bias, None):
+        opcheck(mlp_module._hidden, (rows, weight, b))
+    slope = mlp_module._hidden(rows, weight, bias)[1]
+    opcheck(mlp_module._hidden_backward, (rows, weight.t().contiguous(), slope))
+
+
 def test_opcheck_of_selection_and_masks() -> None:
     pixels, scores = canvas(torch.float32), canvas(torch.float32)[:, 0, 0]
     opcheck(select_module._select, (scores, 5))
@@ -164,7 +175,8 @@ def test_full_graph_of_all_ops(backend: str) -> None:
         mean, deviation = mask_module._statistics(pixels, KEEP, 4)
         tile = tile_module._attend(key, key, value, 0.3)
         normed = norm_module._add_norm(key, tile, None, None, 1e-6)[1]
-        return windows.sum() + amount.sum(), slope, out, kept, mean, deviation, normed
+        mlp = mlp_module._Mlp.apply(normed, normed[0, 0], None, normed[0, 0].t(), None)
+        return windows.sum() + amount.sum(), slope, out, kept, mean, deviation, mlp
 
     arguments = (pixels, query, key, value)
     compiled = torch.compile(everything, fullgraph=True, backend=backend)
