@@ -30,9 +30,10 @@ class Row:
     registers: int = UNKNOWN  # per thread, of a Triton kernel; not known of kernels that libraries bring
     spilled: int = UNKNOWN  # bytes per thread, likewise
     shared: int = 0  # bytes per block
-    m: int = 0  # shape of a product
+    m: int = 0  # shape of a product, and how many of it
     n: int = 0
     k: int = 0
+    batch: int = 1
     nodes: int = 0  # of a graph
 
     @property
@@ -48,7 +49,6 @@ class Memory:
     allocated: int  # what it holds besides the pool of its capture
     buffers: int  # of it, the tensors of its state
     pool: int  # what the capture took for its pool
-    temporary: int  # the peak of one step without a capture, over what is held anyway
 
 
 class _Row(ctypes.Structure):
@@ -70,6 +70,7 @@ class _Row(ctypes.Structure):
         ("m", ctypes.c_int),
         ("n", ctypes.c_int),
         ("k", ctypes.c_int),
+        ("batch", ctypes.c_int),
         ("nodes", ctypes.c_int),
     )
 

@@ -37,6 +37,11 @@ def demo_model(device: str = DEVICE, dtype: torch.dtype = torch.bfloat16) -> Spa
     return load_model("demo", dtype=dtype, device=device)
 
 
+def weights_of(model: SparseViT) -> list[torch.Tensor]:
+    """All tensors of a model."""
+    return [*model.parameters(), *model.buffers()]
+
+
 @torch.no_grad()
 def state_of(model: SparseViT, config: InversionConfig, batch: int, kept: int) -> State:
     """A state of some stage. The ids in it mean nothing."""
@@ -78,30 +83,31 @@ class Bucket:
 def measure_bucket(
     recorder: Recorder, model: SparseViT, config: InversionConfig, state: State, compiled: bool
 ) -> Bucket:
-    """Build the runner of a state's shapes, and run a step of it that is not in a capture."""
+    """Build the runner of a state's shapes, and run its step by itself, outside of a capture."""
     collect()
     recorder.reset()
     before = torch.cuda.memory_allocated(model.device)
     runner = Runners(Source(model, config, compiled)).of(state, 0, len(state.canvas))
     pool = sum(row.bytes for row in recorder.rows() if row.kind == "MALLOC" and row.capture)
-    torch._C._cuda_clearCublasWorkspaces()  # 32 MiB a stream, which all buckets share
+    torch._C._cuda_clearCublasWorkspaces()
     held = torch.cuda.memory_allocated(model.device) - before
     for _ in range(2):
-        runner.advance(1)
+        runner._step(runner.state)
     torch.cuda.synchronize(model.device)
     recorder.reset()
-    torch.cuda.reset_peak_memory_stats(model.device)
-    resting = torch.cuda.memory_allocated(model.device)
-    runner.advance(1)
-    temporary = torch.cuda.max_memory_allocated(model.device) - resting
+    runner._step(runner.state)
     tensors = [*runner.state.tensors(), runner.state.spare]
     buffers = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    return Bucket(recorder.rows(), Memory(held, buffers, pool, temporary))
+    return Bucket(recorder.rows(), Memory(held, buffers, pool))
 
 
 def collect() -> None:
-    """Let go of whatever nobody holds any more, graphs and memory of devices included."""
+    """Let go of whatever nobody holds any more, graphs and memory of devices included.
+
+    cuBLAS keeps 32 MiB for each stream that it has met: they would count for whoever meets a stream first.
+    """
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
 
 

@@ -33,6 +33,22 @@ class Kernel:
     bytes: int  # moved by a launch; `UNKNOWN` for kernels that inductor did not write
 
 
+@dataclass(frozen=True, order=True)
+class Product:
+    """A row of the table of products."""
+
+    name: str
+    m: int
+    n: int
+    k: int
+    batch: int
+
+    @property
+    def flops(self) -> int:
+        """Of one call."""
+        return 2 * self.m * self.n * self.k * self.batch
+
+
 def table_of(title: str, rows: Sequence[Row], watched: Watched, memory: Memory) -> str:
     """A page of Markdown.
 
@@ -63,9 +79,9 @@ def kernels_of(rows: Iterable[Row], watched: Watched) -> Counter[Kernel]:
     )
 
 
-def products_of(rows: Iterable[Row]) -> Counter[tuple[str, int, int, int]]:
-    """The matrix products, by call and shape."""
-    return Counter((row.name, row.m, row.n, row.k) for row in rows if row.kind == "PRODUCT")
+def products_of(rows: Iterable[Row]) -> Counter[Product]:
+    """The matrix products."""
+    return Counter(Product(row.name, row.m, row.n, row.k, row.batch) for row in rows if row.kind == "PRODUCT")
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
@@ -80,7 +96,7 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 def _summary(rows: Sequence[Row], kernels: Counter[Kernel], memory: Memory) -> str:
     """The first table, by which a step is judged."""
     work = Counter(row.kind for row in rows if row.is_work)
-    flops = sum(2 * row.m * row.n * row.k for row in rows if row.kind == "PRODUCT")
+    flops = sum(times * product.flops for product, times in products_of(rows).items())
     moved = sum(times * kernel.bytes for kernel, times in kernels.items() if kernel.bytes != UNKNOWN)
     numbers = {
         "launches": work.total(),
@@ -97,7 +113,6 @@ def _summary(rows: Sequence[Row], kernels: Counter[Kernel], memory: Memory) -> s
         "MiB that the bucket holds": f"{memory.allocated / MIB:.0f}",
         "MiB of it in the buffers of its state": f"{memory.buffers / MIB:.0f}",
         "MiB that its capture takes": f"{memory.pool / MIB:.0f}",
-        "MiB temporary in a step": f"{memory.temporary / MIB:.0f}",
     }
     return "\n".join(
         ["| of a step | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in numbers.items())]
@@ -114,13 +129,9 @@ def _kernels(kernels: Counter[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def _products(products: Counter[tuple[str, int, int, int]]) -> str:
-    lines = ["| product | m | n | k | times | GFLOP |", "| --- | --- | --- | --- | --- | --- |"]
-
-    def size(item: tuple[tuple[str, int, int, int], int]) -> tuple[float, tuple[str, int, int, int]]:
-        (_, m, n, k), times = item
-        return -times * m * n * k, item[0]
-
-    for (name, m, n, k), times in sorted(products.items(), key=size):
-        lines.append(f"| {name} | {m} | {n} | {k} | {times} | {2 * m * n * k * times / 1e9:.1f} |")
+def _products(products: Counter[Product]) -> str:
+    lines = ["| product | m | n | k | batch | times | GFLOP |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for product, times in sorted(products.items(), key=lambda item: (-item[1] * item[0].flops, item[0])):
+        shape = f"{product.m} | {product.n} | {product.k} | {product.batch}"
+        lines.append(f"| {product.name} | {shape} | {times} | {times * product.flops / 1e9:.1f} |")
     return "\n".join(lines)

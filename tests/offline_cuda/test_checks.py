@@ -69,12 +69,12 @@ def test_the_numbers_in_names_make_no_difference() -> None:
     rows = [Row("KERNEL", name, registers=24, spilled=0) for name in names]
     found = {kernel.name: times for kernel, times in kernels_of(rows, watched).items()}
     assert found == {"triton_poi_fused_add": 2, "triton_poi_fused_mul": 1}
-    memory = Memory(0, 0, 0, 0)
+    memory = Memory(0, 0, 0)
     assert table_of("a step", rows, watched, memory) == table_of("a step", rows[::-1], watched, memory)
 
 
 def test_a_spill_is_in_the_table() -> None:
     rows = [Row("KERNEL", "triton_red_fused_1", registers=255, spilled=48)]
-    page = table_of("a step", rows, Watched(bytes={"triton_red_fused_1": 10**6}), Memory(0, 0, 0, 0))
+    page = table_of("a step", rows, Watched(bytes={"triton_red_fused_1": 10**6}), Memory(0, 0, 0))
     assert "| bytes spilled | 48 |" in page
     assert "| `triton_red_fused` | 1 | 255 | 48 | 1.00 | 1.0 |" in page

@@ -1,5 +1,6 @@
 """Whole inversions on devices that are not there: what is launched, captured, waited for and taken of memory."""
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 
@@ -8,10 +9,11 @@ import torch
 
 from smi_fast import InversionConfig
 from smi_fast.engine.runner import UNROLLED
+from smi_fast.kernels.adam_update import adam_kernel
 from smi_fast.kernels.common.dispatch import KERNELS_VARIABLE
 from smi_fast.model.sparse_vit import SparseViT
 from tests.offline_cuda.checks import empty_captures, faults_of_run, live_graphs
-from tests.offline_cuda.recorder import Recorder, Row
+from tests.offline_cuda.recorder import Fault, Recorder, Row
 from tests.offline_cuda.scenarios import CONFIG, collect, demo_model, invert, tiny_model
 
 pytestmark = pytest.mark.offline_cuda
@@ -37,9 +39,10 @@ def test_eager(recorder: Recorder, make: MakeModel) -> None:
     assert ran.shape[0] == 4
     assert ran.messages == []
     assert_clean(ran.rows)
-    assert live_graphs(ran.rows) == len(ran.inverter.stages)
-    replays = Counter(row.name for row in ran.rows if row.kind == "GRAPH")["launch"]
-    assert replays == sum((stage.end - stage.start) // UNROLLED for stage in ran.inverter.stages)
+    assert live_graphs(ran.rows) >= len(ran.inverter.stages)
+    replays = sum((row.kind, row.name) == ("GRAPH", "launch") for row in ran.rows)
+    lengths = [stage.end - stage.start for stage in ran.inverter.stages]
+    assert replays == sum(length // UNROLLED + length % UNROLLED for length in lengths)
 
 
 def test_graphs_go_with_their_inverter(recorder: Recorder) -> None:
@@ -67,7 +70,6 @@ def test_waits_do_not_grow_with_iterations(recorder: Recorder) -> None:
 def test_deterministic(recorder: Recorder) -> None:
     ran = invert(recorder, demo_model(), batch=4, impl="eager", deterministic=True)
     assert_clean(ran.rows)
-    assert live_graphs(ran.rows) == len(ran.inverter.stages)
 
 
 def test_kernels_off(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,25 +83,26 @@ def test_kernels_off(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.compiled
 def test_compiled(recorder: Recorder) -> None:
-    config = InversionConfig(iterations=25, stops=((12, 0.4),), jitter=0.3)
+    config = InversionConfig(iterations=20, stops=(), jitter=0.3)
     ran = invert(recorder, tiny_model(), 4, config, impl="compiled")
     assert ran.inverter.impl == "compiled"
+    assert any(row.kind == "KERNEL" and row.name.startswith("triton_") for row in ran.rows)
     assert_clean(ran.rows)
-    assert live_graphs(ran.rows) == 2
 
 
 def test_memory_runs_out(recorder: Recorder) -> None:
-    model = demo_model()
-    used, (free, total) = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()
-    whole = invert(recorder, model, batch=64, impl="eager")
-    peak = torch.cuda.memory_reserved() - used
+    model, batch = demo_model(), 256
+    config = InversionConfig(iterations=20, stops=((10, 0.3),), jitter=0.3)
+    before, (free, total) = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()
+    whole = invert(recorder, model, batch, config, impl="eager")
+    needed = torch.cuda.memory_reserved() - before
     del whole
     collect()
-    with recorder.memory_of(total - free + peak * 3 // 4):
-        ran = invert(recorder, model, batch=64, impl="eager")
-    assert any("out of device memory at a batch of 64" in message for message in ran.messages), ran.messages
-    assert ran.inverter.batches[0] < 64
-    assert ran.shape[0] == 64
+    with recorder.memory_of(total - free + needed * 6 // 10):
+        ran = invert(recorder, model, batch, config, impl="eager")
+    assert f"stage 1: out of device memory at a batch of {batch}, going on with {batch // 2}" in ran.messages
+    assert ran.inverter.batches[0] == batch // 2
+    assert ran.shape[0] == batch
     assert_clean(ran.rows)
 
 
@@ -107,3 +110,30 @@ def test_the_second_device(recorder: Recorder) -> None:
     ran = invert(recorder, demo_model("cuda:1"), batch=4, impl="eager")
     assert_clean(ran.rows, device=1)
     assert len(ran.inverter.stages) == len(CONFIG.stages(64))
+
+
+def test_inverters_leave_no_memory_behind(recorder: Recorder) -> None:
+    """A workspace of cuBLAS for each capture would be one that stays."""
+
+    def held() -> int:
+        ran = invert(recorder, model, batch=4, impl="eager")
+        assert ran.shape[0] == 4
+        del ran
+        gc.collect()
+        return torch.cuda.memory_allocated()
+
+    model = tiny_model()
+    assert held() == held()
+
+
+@pytest.mark.parametrize("fault", ["memory", "instantiate", "module"])
+def test_a_call_that_fails_for_want_of_memory(recorder: Recorder, fault: Fault) -> None:
+    model = demo_model()
+    if fault == "module":  # which are loaded once for each device
+        adam_kernel.device_caches.clear()
+    # PyTorch's allocator asks again, once for each cache that it has given back
+    with recorder.failing(fault, times=3 if fault == "memory" else 1):
+        ran = invert(recorder, model, batch=8, config=CONFIG, impl="eager")
+    assert [message for message in ran.messages if "out of device memory at a batch of 8, going on with 4" in message]
+    assert ran.shape[0] == 8
+    assert_clean(ran.rows)

@@ -28,8 +28,8 @@ typedef struct {
     int rest[6];
 } Description;
 
-static int product(const char *name, cudaStream_t stream, int m, int n, int k) {
-    Row row = {.kind = "PRODUCT", .name = name, .m = m, .n = n, .k = k};
+static int product(const char *name, cudaStream_t stream, int m, int n, int k, int batch) {
+    Row row = {.kind = "PRODUCT", .name = name, .m = m, .n = n, .k = k, .batch = batch};
     return enqueue(row, stream_of(stream)) ? EXECUTION_FAILED : OK;
 }
 
@@ -66,19 +66,33 @@ int cublasGetPointerMode_v2(Handle *handle, int *mode) {
 int cublasSetSmCountTarget(Handle *handle, int count) { return OK; }
 
 #define PRODUCT(call, name) \
-    int call(Handle *handle, int ta, int tb, int m, int n, int k) { return product(name, handle->stream, m, n, k); }
+    int call(Handle *handle, int ta, int tb, int m, int n, int k) { return product(name, handle->stream, m, n, k, 1); }
 
 PRODUCT(cublasGemmEx, "GemmEx")
 PRODUCT(cublasSgemm_v2, "Sgemm")
 PRODUCT(cublasDgemm_v2, "Dgemm")
 PRODUCT(cublasSgemmEx, "SgemmEx")
-PRODUCT(cublasGemmStridedBatchedEx, "GemmStridedBatchedEx")
-PRODUCT(cublasSgemmStridedBatched, "SgemmStridedBatched")
-PRODUCT(cublasDgemmStridedBatched, "DgemmStridedBatched")
 
-int cublasSgemv_v2(Handle *handle, int transposed, int m, int n) { return product("Sgemv", handle->stream, m, n, 1); }
+#define BATCHED_PRODUCT(call, name) \
+    int call(Handle *handle, int ta, int tb, int m, int n, int k, const void *alpha, const void *a, int lda, \
+             long long stride_a, const void *b, int ldb, long long stride_b, const void *beta, void *c, int ldc, \
+             long long stride_c, int batch) { \
+        return product(name, handle->stream, m, n, k, batch); \
+    }
 
-int cublasDgemv_v2(Handle *handle, int transposed, int m, int n) { return product("Dgemv", handle->stream, m, n, 1); }
+BATCHED_PRODUCT(cublasSgemmStridedBatched, "SgemmStridedBatched")
+BATCHED_PRODUCT(cublasDgemmStridedBatched, "DgemmStridedBatched")
+
+int cublasGemmStridedBatchedEx(Handle *handle, int ta, int tb, int m, int n, int k, const void *alpha, const void *a,
+                               int type_a, int lda, long long stride_a, const void *b, int type_b, int ldb,
+                               long long stride_b, const void *beta, void *c, int type_c, int ldc, long long stride_c,
+                               int batch) {
+    return product("GemmStridedBatchedEx", handle->stream, m, n, k, batch);
+}
+
+int cublasSgemv_v2(Handle *handle, int transposed, int m, int n) { return product("Sgemv", handle->stream, m, n, 1, 1); }
+
+int cublasDgemv_v2(Handle *handle, int transposed, int m, int n) { return product("Dgemv", handle->stream, m, n, 1, 1); }
 
 // ---- cuBLASLt
 
@@ -150,8 +164,7 @@ int cublasLtMatmul(void *handle, const Description *description, const void *alp
                    const Layout *c_layout, void *d, const Layout *d_layout, const void *algorithm, void *workspace,
                    size_t bytes, cudaStream_t stream) {
     char *name = malloc(64);
-    const char *format = "Lt type %u epilogue %d batch %d";
-    snprintf(name, 64, format, a_layout->type, description->epilogue, d_layout->batch);
+    snprintf(name, 64, "Lt type %u epilogue %d", a_layout->type, description->epilogue);
     unsigned long inner = description->transposed ? a_layout->rows : a_layout->columns;
-    return product(name, stream, (int)d_layout->rows, (int)d_layout->columns, (int)inner);
+    return product(name, stream, (int)d_layout->rows, (int)d_layout->columns, (int)inner, d_layout->batch);
 }

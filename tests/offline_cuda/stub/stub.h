@@ -43,7 +43,7 @@ typedef struct {
     unsigned long long capture;  // 0: none
     long bytes;
     int registers, spilled, shared;  // of a kernel; -1: not known. The last two in bytes
-    int m, n, k;                     // of a product
+    int m, n, k, batch;              // of a product
     int nodes;                       // of a graph
 } Row;
 
