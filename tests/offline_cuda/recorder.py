@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # the calls that can be made to fail, as a device does that has no memory left
-Fault = Literal["memory", "instantiate", "module", "cublas"]
+Fault = Literal["memory", "instantiate", "module"]
 UNKNOWN = -1
 
 

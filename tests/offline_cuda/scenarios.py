@@ -113,7 +113,11 @@ def collect() -> None:
 
 @contextlib.contextmanager
 def any_values() -> Iterator[None]:
-    """Take images whose patch ids are all 0: nothing has chosen any."""
+    """Take images whose patch ids mean nothing, since no kernel has chosen any: they become the first ones."""
+
+    def take(keep: torch.Tensor, patches: int) -> None:
+        keep.copy_(torch.arange(keep.shape[1]).expand_as(keep))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse_images, "_check_keep", lambda *_: None)
+        patch.setattr(sparse_images, "_check_keep", take)
         yield

@@ -126,14 +126,13 @@ def test_inverters_leave_no_memory_behind(recorder: Recorder) -> None:
     assert held() == held()
 
 
-@pytest.mark.parametrize("fault", ["memory", "instantiate", "module"])
+@pytest.mark.parametrize("fault", ["instantiate", "module"])
 def test_a_call_that_fails_for_want_of_memory(recorder: Recorder, fault: Fault) -> None:
     model = demo_model()
     if fault == "module":  # which are loaded once for each device
         adam_kernel.device_caches.clear()
-    # PyTorch's allocator asks again, once for each cache that it has given back
-    with recorder.failing(fault, times=3 if fault == "memory" else 1):
-        ran = invert(recorder, model, batch=8, config=CONFIG, impl="eager")
+    with recorder.failing(fault):
+        ran = invert(recorder, model, batch=8, impl="eager")
     assert [message for message in ran.messages if "out of device memory at a batch of 8, going on with 4" in message]
     assert ran.shape[0] == 8
     assert_clean(ran.rows)

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { OK = 0, ALLOC_FAILED = 3, EXECUTION_FAILED = 13, HEURISTIC_BYTES = 96 };
+enum { OK = 0, EXECUTION_FAILED = 13, HEURISTIC_BYTES = 96 };
 // attributes of cuBLASLt
 enum { LAYOUT_BATCH = 5, DESC_TRANSPOSE_A = 3, DESC_EPILOGUE = 7 };
 
@@ -34,7 +34,6 @@ static int product(const char *name, cudaStream_t stream, int m, int n, int k, i
 }
 
 int cublasCreate_v2(Handle **handle) {
-    if (fails_now("cublas")) return ALLOC_FAILED;
     *handle = calloc(1, sizeof(Handle));
     add_row((Row){.kind = "CUBLAS", .name = "create"}, NULL);
     return OK;
