@@ -62,11 +62,11 @@ def test_calls_fail_as_often_as_was_asked_for(recorder: Recorder) -> None:
     # PyTorch's allocator asks three times, having given back what it can
     with recorder.failing("memory", times=3):
         with pytest.raises(torch.OutOfMemoryError):
-            torch.empty(64 * MIB, dtype=torch.uint8, device=DEVICE)
-        torch.empty(64 * MIB, dtype=torch.uint8, device=DEVICE)
+            torch.empty(2048 * MIB, dtype=torch.uint8, device=DEVICE)
+        torch.empty(2048 * MIB, dtype=torch.uint8, device=DEVICE)
     with recorder.failing("memory"):
         pass
-    torch.empty(256 * MIB, dtype=torch.uint8, device=DEVICE)
+    torch.empty(4096 * MIB, dtype=torch.uint8, device=DEVICE)
     assert sum(row.kind == "MALLOC" for row in recorder.rows()) == 5
 
 
