@@ -4,6 +4,7 @@
 # make docs   set up, and build the site from docs/ into site/
 # make gpu    on a machine with a GPU: its tests and benchmarks, with the python3 that is there; no set-up
 # make gpu-speed, gpu-more   there as well: the waterfall and a profile; scaling and quality
+# make gpu-offline   the CUDA path on a stand-in for CUDA, without a GPU: newest libraries, then oldest
 # make test-oldest   the tests on the oldest supported torch, in an environment of its own
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ OLDEST ?= .venv-oldest
 OUT ?= runs/demo
 DEMO_STOPS = --stop 50:0.3 --stop 100:0.3 --stop 200:0.3 --stop 300:0.3
 
-.PHONY: setup demo test lint docs test-oldest gpu gpu-speed gpu-more clean
+.PHONY: setup demo test lint docs test-oldest gpu-offline gpu gpu-speed gpu-more clean
 
 setup: $(VENV)/.ready
 setup-oldest: $(OLDEST)/.ready
@@ -48,6 +49,11 @@ OLDEST_TESTS = tests/kernels tests/model tests/method tests/engine tests/quantiz
 test-oldest: setup-oldest
 	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
 	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest -m kernel tests/kernels
+
+# needs gcc, and the CUDA headers that the wheels of torch and Triton bring; says so where they are missing
+gpu-offline: setup setup-oldest
+	$(VENV)/bin/python -m tests.offline_cuda
+	$(OLDEST)/bin/python -m tests.offline_cuda
 
 gpu:
 	PYTHON=$(PYTHON) benchmarks/gpu.sh tests

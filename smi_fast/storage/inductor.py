@@ -46,10 +46,27 @@ def use_private_cache() -> Path | None:
 def compile_graph(graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Any]:
     """Compile a graph for the shapes of its inputs; raises whatever inductor raises."""
     use_private_cache()
+    _declare_ops(graph)
     # small kernels that do not wait for each other are one launch; inductor has this for GPUs alone
     joined = {"combo_kernels": any(tensor.is_cuda for tensor in example)}
     with torch.no_grad(), torch._inductor.config.patch(joined):
         return torch._inductor.standalone_compile(graph, [*example], dynamic_shapes="from_example_inputs")
+
+
+def _declare_ops(graph: torch.fx.GraphModule) -> None:
+    """Tell inductor of a graph's custom ops before it looks at the graph, as it would when it met each of them.
+
+    An op needs its inputs in memory. What inductor learns halfway changes only what comes behind, so that the first
+    graph of a process would differ from later ones. And torch 2.11 writes out the arguments of an op that it does not
+    know, for a log that nobody reads: with every op before it that has two results, that takes twice as long.
+    """
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+    from torch._library.utils import get_layout_constraint_tag, is_builtin
+
+    for node in graph.graph.nodes:
+        op = node.target
+        if isinstance(op, torch._ops.OpOverload) and not is_builtin(op) and op not in lowerings:
+            make_fallback(op, layout_constraint=tag_to_layout_constraint(get_layout_constraint_tag(op)))
 
 
 @functools.cache

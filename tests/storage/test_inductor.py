@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -29,6 +30,16 @@ assert any("smi_fast" in str(node.target) for node in graph.graph.nodes), "no cu
 found = compile_graph(graph, given)(*given)
 print(json.dumps(dict(torch._dynamo.utils.counters["inductor"]) | {"sum": float(found.sum())}))
 """
+
+
+@torch.library.custom_op("smi_fast_tests::twice", mutates_args=())
+def twice(tensor: Tensor) -> Tensor:
+    return tensor * 2
+
+
+@twice.register_fake
+def _(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +110,15 @@ def test_a_second_process_finds_the_graph(tmp_path: Path) -> None:
     assert second["fxgraph_cache_hit"] == 1
     assert "fxgraph_cache_miss" not in second
     assert first["sum"] == second["sum"]
+
+
+def test_inductor_knows_a_custom_op_before_it_looks_at_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.lowering import lowerings
+
+    op, known = torch.ops.smi_fast_tests.twice.default, list[bool]()
+    monkeypatch.setattr(torch._inductor, "standalone_compile", lambda *_, **__: known.append(op in lowerings))
+    assert op not in lowerings
+    graph = make_fx(lambda tensor: twice(tensor) + 1)(torch.ones(3))
+    compile_graph(graph, (torch.ones(3),))
+    compile_graph(graph, (torch.ones(3),))
+    assert known == [True, True]
