@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.harness.engine import paper_stages
-from benchmarks.harness.results import ESTIMATE, PROVENANCE, read
+from benchmarks.harness.results import ESTIMATE, PROVENANCE, RESULTS, read
 from benchmarks.harness.tables import ROOT
 from benchmarks.speed import model as speed_model
 from benchmarks.speed.counts import launches, other_bytes, padding, pointwise_bytes
@@ -249,3 +249,12 @@ def test_nonsense_is_refused(words: list[str], told: str, capsys: pytest.Capture
         speed_model.main(["--model", "deit_tiny_patch16_224", *words])
     assert end.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_the_estimates_in_the_repository_are_those_of_today() -> None:
+    rows = read(RESULTS / "model-estimates.csv")
+    assert list(dict.fromkeys(row["device"] for row in rows)) == list(DEVICES)
+    found = [row for key in DEVICES for row in rows_of(key, JOB, RESULTS)]
+    for row, new in zip(rows, found, strict=True):
+        mine = {name: "" if value is None else str(value) for name, value in new.items()}
+        assert {name: row[name] for name in mine} == mine, "python -m benchmarks run model --device h100 h200 a100 4090"
