@@ -2,39 +2,60 @@
 
 Counted for DeiT-Base (batch 64, 46 kept patches, bf16, torch 2.15) by running the compiled step without a device, where
 each launch is recorded, and told apart by blocks. Of other shapes the same structure is assumed. The formula gives
-the 255 launches of that step exactly, and its 2483 MB within a percent.
+the 211 launches of that step exactly, and its 2173 MB within a percent. Before the tile kernel, and with the notes of a
+step in kernels of their own, it was 255 and 2483 MB.
 
 Inductor's kernels are counted in tensors of ``[B * N, D]`` (or ``H * d``) that they read or write. Some blocks read a
 residual more than once and others less, since inductor rather computes a sum again than stores it: the figure is the
 mean of a block.
 """
 
+import math
+
 from benchmarks.speed.parts import Bucket, Part, linear_products, product_work, work_of_parts
+from smi_fast.kernels.cls_attention import power_of_two
+from smi_fast.kernels.tile_attention import LEAST_SIDE, MOST_TOKENS, MOST_WIDTH
 
 # kernels of a block that computes all tokens, forward and backward, besides its eight products
-BLOCK_KERNELS = {
-    "GELU": 2,
-    "LayerNorm, residual": 4,
-    "attention": 4,  # flash: one forward, three backward
-    "gradients of q, k, v stacked": 1,
-}
-# all else but products: gather, embedding, last block, head, loss, finite check, update, indices
-OTHER_KERNELS = 32
+BLOCK_KERNELS = {"GELU": 2, "LayerNorm, residual": 4}
+TILE_KERNELS = 2  # of attention, one each way
+FLASH_KERNELS = 5  # one forward, three backward, and the copy that puts three gradients together
+# all else but products: gather, embedding, last block, head, loss, update, notes, indices
+OTHER_KERNELS = 21
 
 NORM_TENSORS = 22  # [B * N, D], a block
-STACKED_TENSORS = 6  # [B * N, H * d], a block: three gradients, read and written; two of them in the last block
-OTHER_TENSORS = 6  # [B * N, D]: embedding with its first norm, gradient of the windows, finite check
+STACKED_TENSORS = 6  # [B * N, H * d], a block with flash: three gradients, read and written
+LAST_STACKED_TENSORS = 4  # two of them in the last block, whatever the others have
+OTHER_TENSORS = 6  # [B * N, D]: embedding with its first norm, gradient of the windows
+
+TILE_QUERIES = 32  # a block of the tile kernel
+FLASH_SIDE = 128  # of flash's tiles, queries and keys
+
+
+def uses_tiles(b: Bucket) -> bool:
+    """Does the tile kernel attend, as it does by default for few tokens in 16 bits? Flash is counted otherwise."""
+    return b.dtype.itemsize == 2 and b.tokens <= MOST_TOKENS and b.shape.head_width <= MOST_WIDTH
+
+
+def padding(b: Bucket) -> float:
+    """How many times the products of attention that count its tiles multiply, at least 1."""
+    if uses_tiles(b):
+        keys, queries = max(LEAST_SIDE, power_of_two(b.tokens)), math.ceil(b.tokens / TILE_QUERIES) * TILE_QUERIES
+    else:
+        keys = queries = math.ceil(b.tokens / FLASH_SIDE) * FLASH_SIDE
+    return keys * queries / b.tokens**2
 
 
 def launches(b: Bucket) -> int:
     """Kernels and products of one iteration."""
-    return len(linear_products(b)) + sum(BLOCK_KERNELS.values()) * b.full_blocks + OTHER_KERNELS
+    block = sum(BLOCK_KERNELS.values()) + (TILE_KERNELS if uses_tiles(b) else FLASH_KERNELS)
+    return len(linear_products(b)) + block * b.full_blocks + OTHER_KERNELS
 
 
 def pointwise_bytes(b: Bucket) -> int:
     """What inductor's kernels read and write in one iteration: GELU, norms, residuals, stacked gradients."""
     s, rows = b.shape, b.batch * b.tokens
-    stacked = STACKED_TENSORS * b.full_blocks + 4 * (s.reads > 0)
+    stacked = LAST_STACKED_TENSORS * (s.reads > 0) + STACKED_TENSORS * b.full_blocks * (not uses_tiles(b))
     values = rows * (s.width * (NORM_TENSORS * b.full_blocks + OTHER_TENSORS) + b.inner * stacked)
     return work_of_parts(b)[Part.GELU].bytes + values * b.dtype.itemsize
 

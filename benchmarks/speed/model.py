@@ -21,8 +21,8 @@ from benchmarks.harness.engine import PAPER_ITERATIONS, Stage, paper_stages
 from benchmarks.harness.models import DTYPES
 from benchmarks.harness.results import ESTIMATE, RESULTS, Results
 from benchmarks.harness.tables import markdown
-from benchmarks.speed.counts import launches, other_bytes, pointwise_bytes
-from benchmarks.speed.devices import DEVICES, Device
+from benchmarks.speed.counts import FLASH_SIDE, launches, other_bytes, padding, pointwise_bytes
+from benchmarks.speed.devices import DEVICES, FLOAT32_SHARE, Device
 from benchmarks.speed.measured import Measured, Rate, StepTime
 from benchmarks.speed.parts import Bucket, Part, Product, linear_products, product_dtype, product_work, work_of_parts
 from smi_fast.config import InversionConfig
@@ -35,7 +35,6 @@ from smi_fast.tuning.settings import stage_batches
 # outputs of a product that one multiprocessor computes at a time, as cuBLAS has them; what wastes least is taken
 SIDES = (TILE_ROWS, 192, TILE_COLUMNS)
 TILES = (*((TILE_ROWS, side) for side in SIDES), *((side, TILE_ROWS) for side in SIDES))
-ATTENTION_TILE = 128  # flash attention's, of queries and of keys
 ATTENTION_SHARE = 0.5  # of the rate of products
 LAUNCH_SECONDS = 1e-6  # of a kernel in a captured graph
 WHOLE = "schedule"
@@ -46,8 +45,9 @@ ASSUMPTIONS = (
     f"Tiles of {TILE_ROWS} x {', '.join(map(str, SIDES[:-1]))} or {SIDES[-1]} outputs, whichever waste least, are "
     "shared out in whole waves, and no product is split along its inner side. Where a product of the device was "
     "measured, the one nearest in shape gives the rate.",
-    f"Flash attention fills tiles of {ATTENTION_TILE} x {ATTENTION_TILE} with tokens that do not count, at "
-    f"{ATTENTION_SHARE:.0%} of the rate of products, or moves its bytes, whichever is longer.",
+    f"Products in float32, such as the head's, reach {FLOAT32_SHARE:.0%} of the data sheet without tensor cores.",
+    "Attention fills its tiles with tokens that do not count (the tile kernel's keys to a power of two, flash's tokens "
+    f"to {FLASH_SIDE}), at {ATTENTION_SHARE:.0%} of the rate of products, or moves its bytes, whichever is longer.",
     "All other kernels take their bytes at the rate of a large copy; nothing comes out of a cache.",
     f"Each of the step's launches costs {LAUNCH_SECONDS * 1e6:.0f} us more, in a captured graph.",
 )
@@ -101,9 +101,8 @@ class SpeedModel:
     def attention_seconds(self, b: Bucket) -> float:
         """Forward and backward in the blocks that compute all tokens; bf16 and float32 alike."""
         work = work_of_parts(b)[Part.ATTENTION]
-        padding = (math.ceil(b.tokens / ATTENTION_TILE) * ATTENTION_TILE / b.tokens) ** 2
         rate = ATTENTION_SHARE * self.device.flops_per_s(b.dtype)
-        return max(work.flops * padding / rate, work.bytes / self.device.copy)
+        return max(work.flops * padding(b) / rate, work.bytes / self.device.copy)
 
     def iteration(self, b: Bucket) -> Parts:
         """One iteration of a bucket."""

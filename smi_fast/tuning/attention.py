@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smi_fast.device import current, side_stream, wait
+from smi_fast.device import capturing, current, side_stream, wait
 from smi_fast.model.attention import NAMES, packed_attention
 from smi_fast.model.sparse_vit import SparseViT
 
@@ -96,7 +96,7 @@ class _Capture:
     def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
         self.call, self.device, self.graph = call, device, torch.cuda.CUDAGraph()
         stream = side_stream(device)
-        with current(device):
+        with capturing, current(device):
             outside = torch.cuda.current_stream(device)
             stream.wait_stream(outside)
             with torch.cuda.stream(stream):
