@@ -34,8 +34,8 @@ TABLES = sorted((ROOT / "tests" / "offline_cuda" / "tables").glob("deit_base-tor
 
 
 def test_the_counted_step() -> None:
-    assert launches(COUNTED) == 211
-    assert pointwise_bytes(COUNTED) == pytest.approx(2173e6, rel=0.01)
+    assert launches(COUNTED) == 190
+    assert pointwise_bytes(COUNTED) == pytest.approx(1308e6, rel=0.01)
     flops = sum(product_work(part, sizes, COUNTED.dtype).flops for part, sizes in linear_products(COUNTED))
     assert flops == pytest.approx(0.960e12, rel=1e-3)
 
@@ -46,7 +46,8 @@ def test_the_table_of_the_offline_tier() -> None:
     newest = max(TABLES, key=lambda path: [int(number) for number in path.stem.rpartition("-")[2].split(".")])
     figures = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+) \|$", newest.read_text(), re.MULTILINE))
     assert launches(COUNTED) == pytest.approx(int(figures["launches"]), rel=0.03)
-    assert pointwise_bytes(COUNTED) / 1e6 == pytest.approx(float(figures["MB moved by inductor's kernels"]), rel=0.03)
+    moved = float(figures["MB of it by norms, residuals, GELU and inductor"])
+    assert pointwise_bytes(COUNTED) / 1e6 == pytest.approx(moved, rel=0.03)
 
 
 def test_attention_of_many_tokens_is_flash() -> None:
