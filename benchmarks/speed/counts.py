@@ -1,13 +1,11 @@
 """Launches of a captured step, and bytes of its pointwise kernels, by the blocks of the model.
 
-Counted for DeiT-Base (batch 64, 46 kept patches, bf16, torch 2.15) by running the compiled step without a device, where
-each launch is recorded, and told apart by blocks. Of other shapes the same structure is assumed. The formula gives
-the 211 launches of that step exactly, and its 2173 MB within a percent. Before the tile kernel, and with the notes of a
-step in kernels of their own, it was 255 and 2483 MB.
+Counted for DeiT-Base (batch 64, 46 kept patches, bf16, torch 2.15) by running the compiled step without a device,
+where each launch is recorded (``tests/offline_cuda/tables``), and told apart by blocks. Of other shapes the same
+structure is assumed. The formula gives the 190 launches of that step exactly, and its 1308 MB within a percent. With
+flash attention, GELU and norms by inductor and the notes of a step in kernels of their own it was 255 and 2483 MB.
 
-Inductor's kernels are counted in tensors of ``[B * N, D]`` (or ``H * d``) that they read or write. Some blocks read a
-residual more than once and others less, since inductor rather computes a sum again than stores it: the figure is the
-mean of a block.
+Traffic is counted in tensors of ``[B * N, D]`` (or ``H * d``) that are read or written.
 """
 
 import math
@@ -17,16 +15,18 @@ from smi_fast.kernels.cls_attention import power_of_two
 from smi_fast.kernels.tile_attention import LEAST_SIDE, MOST_TOKENS, MOST_WIDTH
 
 # kernels of a block that computes all tokens, forward and backward, besides its eight products
-BLOCK_KERNELS = {"GELU": 2, "LayerNorm, residual": 4}
+NORM_KERNELS = 4  # two of residual sum and norm, one each way
+GELU_KERNELS = 2  # one each way; none in 16 bits, where products do both
 TILE_KERNELS = 2  # of attention, one each way
 FLASH_KERNELS = 5  # one forward, three backward, and the copy that puts three gradients together
 # all else but products: gather, embedding, last block, head, loss, update, notes, indices
-OTHER_KERNELS = 21
+OTHER_KERNELS = 22
 
-NORM_TENSORS = 22  # [B * N, D], a block
+NORM_TENSORS = 16  # [B * N, D], a block: four each way of each norm
+SLOPE_SHARE = 2 / 5  # of GELU's own traffic, in 16 bits: its derivative is written and read
 STACKED_TENSORS = 6  # [B * N, H * d], a block with flash: three gradients, read and written
 LAST_STACKED_TENSORS = 4  # two of them in the last block, whatever the others have
-OTHER_TENSORS = 6  # [B * N, D]: embedding with its first norm, gradient of the windows
+OTHER_TENSORS = 15  # [B * N, D]: embedding, the last block's first norm, gradient of the windows
 
 TILE_QUERIES = 32  # a block of the tile kernel
 FLASH_SIDE = 128  # of flash's tiles, queries and keys
@@ -48,16 +48,18 @@ def padding(b: Bucket) -> float:
 
 def launches(b: Bucket) -> int:
     """Kernels and products of one iteration."""
-    block = sum(BLOCK_KERNELS.values()) + (TILE_KERNELS if uses_tiles(b) else FLASH_KERNELS)
+    block = NORM_KERNELS + (TILE_KERNELS if uses_tiles(b) else FLASH_KERNELS)
+    block += 0 if b.dtype.itemsize == 2 else GELU_KERNELS
     return len(linear_products(b)) + block * b.full_blocks + OTHER_KERNELS
 
 
 def pointwise_bytes(b: Bucket) -> int:
-    """What inductor's kernels read and write in one iteration: GELU, norms, residuals, stacked gradients."""
+    """What GELU, norms, residuals and stacked gradients read and write in one iteration."""
     s, rows = b.shape, b.batch * b.tokens
     stacked = LAST_STACKED_TENSORS * (s.reads > 0) + STACKED_TENSORS * b.full_blocks * (not uses_tiles(b))
     values = rows * (s.width * (NORM_TENSORS * b.full_blocks + OTHER_TENSORS) + b.inner * stacked)
-    return work_of_parts(b)[Part.GELU].bytes + values * b.dtype.itemsize
+    gelu = work_of_parts(b)[Part.GELU].bytes * (SLOPE_SHARE if b.dtype.itemsize == 2 else 1)
+    return round(gelu) + values * b.dtype.itemsize
 
 
 def other_bytes(b: Bucket) -> int:

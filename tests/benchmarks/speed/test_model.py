@@ -53,7 +53,7 @@ def test_the_table_of_the_offline_tier() -> None:
 def test_attention_of_many_tokens_is_flash() -> None:
     few, many = (Bucket(replace(BASE, grid=Grid(384, 384, 16)), 8, kept, torch.bfloat16) for kept in (255, 256))
     assert launches(many) - launches(few) == 11 * (5 - 2)
-    assert launches(replace(few, dtype=torch.float32)) == launches(many)
+    assert launches(replace(few, dtype=torch.float32)) == launches(many) + 11 * 2, "and GELU in kernels of its own"
     # 256 tokens fill a tile; 257 leave most of the third one empty
     assert padding(few) == 1
     assert padding(many) == pytest.approx((3 * 128 / 257) ** 2)
@@ -65,11 +65,13 @@ def test_attention_of_many_tokens_is_flash() -> None:
 
 def test_counts_by_hand() -> None:
     # embedding, four products of one whole block, five of the last one, head; as many again in the backward
-    assert launches(TINY) == 2 * (1 + 4 + 5 + 1) + 2 + 4 + 2 + 21
-    gelu = 5 * 4 * (5 + 1) * 2
-    norms = 5 * 2 * (22 + 6) * 2
+    assert launches(TINY) == 2 * (1 + 4 + 5 + 1) + 4 + 2 + 22
+    slope = 2 * 4 * (5 + 1) * 2
+    norms = 5 * 2 * (16 + 15) * 2
     stacked = 5 * 2 * 4 * 2
-    assert pointwise_bytes(TINY) == gelu + norms + stacked == 880
+    assert pointwise_bytes(TINY) == slope + norms + stacked == 796
+    gelu = 5 * 4 * (5 + 1) * 4
+    assert pointwise_bytes(replace(TINY, dtype=torch.float32)) == gelu + 2 * norms + 2 * (stacked + 5 * 2 * 6 * 2)
     values = 4 * 48
     gather, update, state = values * 6, values * 26, 4 * (2 * 8 + 4)
     assert other_bytes(TINY) == gather + update + state + 6 * 5 * 2 * 2 + 4 * 3 * 4
@@ -98,8 +100,8 @@ def test_a_product_takes_its_flops_or_its_bytes() -> None:
 
 def test_an_iteration_by_hand() -> None:
     found = SpeedModel(SLOW).iteration(TINY)
-    assert found.launches == pytest.approx(51e-6)
-    assert found.traffic == pytest.approx((880 + other_bytes(TINY)) / 1e9)
+    assert found.launches == pytest.approx(50e-6)
+    assert found.traffic == pytest.approx((796 + other_bytes(TINY)) / 1e9)
     assert found.attention == pytest.approx(12 * 2 * 32 * 16 / 0.5e6), "32 queries and 16 keys for 5"
     assert SpeedModel(replace(SLOW, copy=1.0)).iteration(TINY).attention == 11 * 5 * 2 * 2
     assert found.total == found.products + found.attention + found.traffic + found.launches
@@ -122,7 +124,7 @@ def test_the_rows_of_a_device(tmp_path: Path) -> None:
     last = stages[-1]
     spent = [last[f"{name}_ms"] for name in ("products", "attention", "traffic", "launches")]
     assert last["ms"] == pytest.approx(sum(spent), abs=1e-3)
-    assert last["launches_ms"] == pytest.approx(0.211)
+    assert last["launches_ms"] == pytest.approx(0.19)
     assert 1.21 < last["products_ms"] < 2.4, "between the rate of a large product and half of it"
     assert last["image_iterations_per_s"] == pytest.approx(64 / last["ms"] * 1e3, rel=1e-3)
     seconds = sum(row["iterations"] * row["ms"] / 1e3 / 64 for row in stages)
