@@ -28,6 +28,7 @@ from benchmarks.harness.tables import markdown, measured_on
 from benchmarks.harness.timing import copy_bandwidth, median_ratio, spread, take_turns, timed
 from benchmarks.speed.block_cases import block_ops
 from benchmarks.speed.kernel_cases import Op, Shape, patch_ops
+from smi_fast.device import side_stream
 from smi_fast.kernels.common.configs import tuned_table
 from smi_fast.kernels.common.grid import Grid
 
@@ -74,7 +75,7 @@ def check(op: Op, function: Callable[..., Any], system: str, draw: torch.Generat
 
 def graph_of(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> Call:
     """A replay of one call on each set of arguments."""
-    stream = torch.cuda.Stream()
+    stream = side_stream(sets[0][0].device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -82,7 +83,7 @@ def graph_of(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> Call:
                 function(*arguments)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for arguments in sets:
             function(*arguments)
     return graph.replay
