@@ -38,6 +38,13 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def release(device: torch.device) -> None:
+    """Give the memory back to a CUDA device that PyTorch keeps for later; streams do not share what is kept."""
+    if device.type == "cuda":
+        with current(device):
+            torch.cuda.empty_cache()
+
+
 # one stream is captured on by one thread at a time
 capturing = threading.RLock()
 

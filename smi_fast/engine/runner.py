@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from smi_fast.config import InversionConfig
-from smi_fast.device import capturing, current, side_stream
+from smi_fast.device import capturing, current, release, side_stream
 from smi_fast.engine.compiler import compile_step
 from smi_fast.engine.state import State
 from smi_fast.engine.step import build_step
@@ -185,15 +185,14 @@ class Runners:
     def _make(self, example: State) -> Runner:
         if self._captures and not self._runners:  # a pool ends with the last capture in it, and takes no more
             self._pool = torch.cuda.graph_pool_handle()
-        return Runner(self._build(example), example, self._pool)
+        step = self._build(example)
+        release(self.source.model.device)  # what compiling took, on another stream than the captures
+        return Runner(step, example, self._pool)
 
     def drop(self, bucket: Bucket) -> None:
         """Forget a bucket and the memory it holds."""
         self._runners.pop(bucket, None)
-        device = self.source.model.device
-        if device.type == "cuda":
-            with current(device):
-                torch.cuda.empty_cache()
+        release(self.source.model.device)
 
     def _build(self, example: State) -> Function:
         """The step for the shapes of ``example``; each bucket gets a function of its own."""
