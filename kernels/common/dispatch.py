@@ -6,6 +6,8 @@ machine allow. The environment variable ``SMI_FAST_KERNELS`` decides for all cal
     auto     (default) Triton on CUDA tensors, torch elsewhere; a CUDA input without a kernel warns once and runs torch
     torch    all kernels off
     triton   kernels or an error, on CPU tensors too where Triton's interpreter runs (``TRITON_INTERPRET=1``)
+
+Behind it may stand ops that run in plain torch whatever else does: ``SMI_FAST_KERNELS="auto -mlp -tile_attention"``.
 """
 
 import functools
@@ -37,6 +39,13 @@ __all__ = ["HAS_TRITON", "INTERPRETED", "KERNELS_VARIABLE", "Impl", "choose", "t
 
 Impl = Literal["triton", "torch"]
 KERNELS_VARIABLE = "SMI_FAST_KERNELS"
+SWITCHES = ("auto", "torch", "triton")
+# whose kernel can be left out
+OPS = (
+    "adam_update", "add_layer_norm", "cls_attention", "composite", "first_failure", "kept_statistics", "mlp",
+    "packed_tile_attention", "patch_gather", "patch_mask", "patch_scatter", "patch_ungather", "record_step", "remap",
+    "select_patches", "tile_attention", "total_variation",
+)  # fmt: skip
 # Triton reads it when a kernel is decorated, that is, on import
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -50,6 +59,22 @@ def why_not_triton(tensor: Tensor) -> str | None:
     return f"no kernels for tensors on {tensor.device.type!r}" + (
         " without TRITON_INTERPRET=1" if tensor.device.type == "cpu" else ""
     )
+
+
+@functools.cache
+def read_switch(text: str) -> tuple[str, frozenset[str]]:
+    """The first word of ``SMI_FAST_KERNELS``, and the ops whose kernel is left out.
+
+    Raises:
+        ValueError: another word, or an op that has no kernel.
+    """
+    words = text.split()
+    if not words or words[0] not in SWITCHES:
+        raise ValueError(f"{KERNELS_VARIABLE}={text!r}: must be 'auto', 'torch' or 'triton'")
+    for word in words[1:]:
+        if not word.startswith("-") or word[1:] not in OPS:
+            raise ValueError(f"{KERNELS_VARIABLE}={text!r}: {word!r} must be '-' and one of {', '.join(OPS)}")
+    return words[0], frozenset(word[1:] for word in words[1:])
 
 
 def choose(op: str, impl: Impl | None, tensor: Tensor, unsupported: str | None = None) -> Impl:
@@ -66,10 +91,8 @@ def choose(op: str, impl: Impl | None, tensor: Tensor, unsupported: str | None =
     """
     if impl not in ("triton", "torch", None):
         raise ValueError(f"impl={impl!r}: must be 'triton', 'torch' or None")
-    switch = os.environ.get(KERNELS_VARIABLE, "auto")
-    if switch not in ("auto", "torch", "triton"):
-        raise ValueError(f"{KERNELS_VARIABLE}={switch!r}: must be 'auto', 'torch' or 'triton'")
-    wanted = impl or switch
+    switch, left_out = read_switch(os.environ.get(KERNELS_VARIABLE, "auto"))
+    wanted = impl or ("torch" if op in left_out else switch)
     if wanted == "torch":
         return "torch"
     reason = why_not_triton(tensor) or unsupported

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from smi_fast.kernels.common.dispatch import KERNELS_VARIABLE, why_not_triton
+from smi_fast.kernels.common.dispatch import KERNELS_VARIABLE, read_switch, why_not_triton
 from smi_fast.model.fp8 import why_not_fp8
 from smi_fast.storage.environment import device_name, processor, versions
 from smi_fast.storage.inductor import CACHE_VARIABLE, use_private_cache, user_chose_cache, why_not_compile
@@ -43,7 +43,11 @@ def doctor() -> None:
 def _kernels(device: torch.device) -> str:
     """What the ops run on, and why."""
     switch = os.environ.get(KERNELS_VARIABLE, "auto")
-    reason = f"{KERNELS_VARIABLE}={switch}" if switch == "torch" else why_not_triton(torch.empty(0, device=device))
+    reason = (
+        f"{KERNELS_VARIABLE}={switch}"
+        if read_switch(switch)[0] == "torch"
+        else why_not_triton(torch.empty(0, device=device))
+    )
     return "Triton" if reason is None else f"plain torch: {reason}"
 
 

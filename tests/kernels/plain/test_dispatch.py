@@ -15,13 +15,14 @@ from smi_fast.kernels.adam_update import AdamConstants, LossGradient, TVTerm, Up
 from smi_fast.kernels.common import configs, dispatch
 from smi_fast.kernels.common.check import check, check_ids
 from smi_fast.kernels.common.configs import Config
-from smi_fast.kernels.common.dispatch import KERNELS_VARIABLE, choose
+from smi_fast.kernels.common.dispatch import KERNELS_VARIABLE, OPS, choose
 from smi_fast.kernels.common.grid import Grid, Moves, slot_of_patch
 from smi_fast.kernels.common.launch import Launch
 from smi_fast.kernels.patch_gather import gather_launch, patch_gather
 from smi_fast.kernels.patch_ungather import patch_ungather
 from smi_fast.kernels.total_variation import total_variation
 
+ROOT = Path(__file__).parent.parent.parent.parent
 GRID = Grid(8, 12, 4)
 ON_CPU, ON_META = torch.zeros(1), torch.zeros(1, device="meta")
 
@@ -247,3 +248,24 @@ def test_what_was_tuned_is_printed_as_a_table(monkeypatch: pytest.MonkeyPatch) -
     assert configs.best("adam_update", 16, launch_in) == Config(512, 8)
     table = eval("{" + configs.tuned_table() + "}", {"Config": Config})
     assert table == {"adam_update": {0: configs.PINNED["adam_update"][0], 16: Config(512, 8)}}
+
+
+def test_single_kernels_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda: Any = OnCuda()
+    monkeypatch.setenv(KERNELS_VARIABLE, "auto -mlp  -remap")
+    assert [choose(op, None, cuda) for op in ("mlp", "remap", "adam_update")] == ["torch", "torch", "triton"]
+    assert choose("mlp", "triton", cuda) == "triton", "whoever names an implementation gets it"
+    monkeypatch.setenv(KERNELS_VARIABLE, "torch -mlp")
+    assert choose("adam_update", None, cuda) == "torch"
+
+
+@pytest.mark.parametrize("text", ["auto -nlp", "auto mlp", "-mlp", " ", "auto,-mlp"])
+def test_a_switch_that_is_not_understood(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KERNELS_VARIABLE, text)
+    with pytest.raises(ValueError, match=rf"SMI_FAST_KERNELS={re.escape(repr(text))}: .*must be"):
+        choose("mlp", None, ON_CPU)
+
+
+def test_every_op_can_be_left_out() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    assert set(re.findall(r'choose\("(\w+)"', sources)) == set(OPS)
