@@ -148,7 +148,9 @@ def work_of_parts(b: Bucket) -> dict[Part, Work]:
 OPS = (
     (r"smi_fast::patch_gather", Part.GATHER),
     (r"smi_fast::cls_attention", Part.LAST),
-    (r"smi_fast::(select_patches|remap)", Part.STATE),
+    (r"smi_fast::(select_patches|remap|first_failure|record_step)", Part.STATE),
+    (r"smi_fast::(add_)?layer_norm", Part.NORM),
+    (r"smi_fast::(packed_)?tile_attention", Part.ATTENTION),
     (r"smi_fast::|TotalVariation", Part.UPDATE),
 )
 NAMES = (
@@ -171,7 +173,9 @@ FUSED = (
     (r"softmax|bmm|permute|transpose|unbind|stack", Part.ATTENTION),
     (r"fused_(_?unsafe_view_|_to_copy_)*add(_|$)", Part.NORM),
 )
+# `mlp`'s two products with GELU in their epilogues count as products
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::_addmm_activation", "mkldnn::_linear_pointwise"}
+PRODUCTS |= {"smi_fast::mlp_hidden", "smi_fast::mlp_hidden_backward"}
 WRAPPERS = re.compile(r"aten::linear|aten::matmul|(Addmm|Mm)Backward")
 
 

@@ -114,6 +114,23 @@ def test_shared_shapes_are_told_by_their_order() -> None:
     assert torn.part_of(ran[1]) is Part.QKV
 
 
+def test_our_own_operations_have_parts() -> None:
+    x, rows = (2, 9, 192), 18
+    assert product_of("smi_fast::mlp_hidden", [x, (768, 192), (768,)]) == (rows, 192, 768)
+    assert product_of("smi_fast::mlp_hidden_backward", [x, (192, 768), (2, 9, 768)]) == (rows, 192, 768)
+    told = Attribution(Bucket(DEIT["tiny"], 2, 8, torch.bfloat16), [], STEPS)
+    for name, part in {
+        "smi_fast::add_layer_norm": Part.NORM,
+        "smi_fast::layer_norm": Part.NORM,
+        "smi_fast::add_layer_norm_backward": Part.NORM,
+        "smi_fast::packed_tile_attention": Part.ATTENTION,
+        "smi_fast::first_failure": Part.STATE,
+        "smi_fast::record_step": Part.STATE,
+        "smi_fast::adam_update": Part.UPDATE,
+    }.items():
+        assert told.part_of(Call(name, [x], 0.0, 1.0)) is part, name
+
+
 def test_attention_between_products_of_the_last_block_is_its_own() -> None:
     bucket = Bucket(DEIT["tiny"], 2, 9, torch.float32)
     truth = linear_products(bucket)
