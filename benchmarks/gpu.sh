@@ -60,8 +60,12 @@ run_tests() {
 }
 
 run_speed() {
+    # without the rows of single kernels, whose compilation would take the time of the others; by hand:
+    # python -m benchmarks run waterfall --device cuda --rows "+ Triton kernels" "+ tile attention" "+ norms with their sums"
     part 400 waterfall "$PYTHON" -m benchmarks run waterfall --device cuda --model deit_base_patch16_224 --batch 64 \
-        --rounds 5 --steps 20 --out "$OUT/waterfall-cuda-deit_base_patch16_224-b64.csv"
+        --rounds 5 --steps 20 --rows "tuned eager" "+ kept-first patchify" "+ CLS-only last block" "+ compile" \
+        "+ GELU in the products" "+ CUDA graphs" "+ folding" "+ attention choice" "+ batch per bucket" "+ fp8" \
+        --out "$OUT/waterfall-cuda-deit_base_patch16_224-b64.csv"
     part 130 profile "$PYTHON" -m benchmarks run profile --device cuda --model deit_base_patch16_224 --batch 64 \
         --impl compiled --out "$OUT/profile-cuda-deit_base_patch16_224-b64.csv"
 }

@@ -47,7 +47,7 @@ class Technique:
     dtype: str = "bf16"  # fp32, bf16, fp8
     cls_only: bool = True  # the last block for the tokens that the head reads alone
     compiled: bool = True
-    kernels: bool = True
+    kernels: str = "auto"  # as ``SMI_FAST_KERNELS`` has it
     graphs: bool = True
     folded: bool = False
     measured_attention: bool = False
@@ -61,10 +61,20 @@ class Technique:
         return why_not_fp8(device) if self.needs == "fp8" else None
 
 
-_BARE = Technique("+ kept-first patchify", cls_only=False, compiled=False, kernels=False, graphs=False)
+_BARE = Technique("+ kept-first patchify", cls_only=False, compiled=False, kernels="torch", graphs=False)
 _CLS = replace(_BARE, name="+ CLS-only last block", cls_only=True)
 _COMPILED = replace(_CLS, name="+ compile", compiled=True)
-_TRITON = replace(_COMPILED, name="+ Triton kernels", kernels=True, needs="cuda")
+# the kernels of pixels and ids first; those of the blocks join one by one
+_PIXELS = replace(
+    _COMPILED,
+    name="+ Triton kernels",
+    kernels="auto -mlp -add_layer_norm -first_failure -record_step -tile_attention",
+    needs="cuda",
+)
+_TILE = replace(_PIXELS, name="+ tile attention", kernels="auto -mlp -add_layer_norm -first_failure -record_step")
+_NOTES = replace(_TILE, name="+ a step's notes in two launches", kernels="auto -mlp -add_layer_norm")
+_NORMS = replace(_NOTES, name="+ norms with their sums", kernels="auto -mlp")
+_TRITON = replace(_NORMS, name="+ GELU in the products", kernels="auto")
 _GRAPHS = replace(_TRITON, name="+ CUDA graphs", graphs=True)
 _FOLDED = replace(_GRAPHS, name="+ folding", folded=True, needs="cpu")
 _ATTENTION = replace(_FOLDED, name="+ attention choice", measured_attention=True, needs="cuda")
@@ -72,7 +82,7 @@ _BATCHES = replace(_ATTENTION, name="+ batch per bucket", full_batches=True, nee
 WATERFALL = (
     Technique("published loop", system="published", dtype="fp32"),
     Technique("tuned eager", system="tuned"),
-    *(_BARE, _CLS, _COMPILED, _TRITON, _GRAPHS, _FOLDED, _ATTENTION, _BATCHES),
+    *(_BARE, _CLS, _COMPILED, _PIXELS, _TILE, _NOTES, _NORMS, _TRITON, _GRAPHS, _FOLDED, _ATTENTION, _BATCHES),
     replace(_BATCHES, name="+ fp8", dtype="fp8", needs="fp8"),
 )
 
@@ -106,7 +116,7 @@ class Bench:
     """What a row runs, at each stage; lives in a process of its own, since it sets an environment variable."""
 
     def __init__(self, technique: Technique, model: str, batch: int, device: str, stages: Sequence[Stage]) -> None:
-        os.environ[KERNELS_VARIABLE] = "auto" if technique.kernels else "torch"
+        os.environ[KERNELS_VARIABLE] = technique.kernels
         self.technique, self.device, self.stages = technique, device, stages
         self.vit = build_vit(model, device)
         self.truth = sparse(self.vit, model)

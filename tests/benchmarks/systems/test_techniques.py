@@ -10,6 +10,7 @@ import torch
 from benchmarks.harness.engine import paper_stages, stages_of
 from benchmarks.systems import techniques
 from benchmarks.systems.techniques import WATERFALL, Bench, Technique, full_batches
+from smi_fast.kernels.common.dispatch import read_switch
 from tests.conftest import build_vit
 
 ROWS = {row.name: row for row in WATERFALL}
@@ -39,7 +40,8 @@ def test_each_row_adds_one_technique() -> None:
 
 def test_rows_that_a_cpu_cannot_have() -> None:
     left_out = {row.name: row.why_not(torch.device("cpu")) for row in WATERFALL if row not in CPU_ROWS}
-    assert set(left_out) == {"+ Triton kernels", "+ CUDA graphs", "+ attention choice", "+ fp8"}
+    kernels = {"+ Triton kernels", "+ tile attention", "+ a step's notes in two launches", "+ norms with their sums"}
+    assert set(left_out) == kernels | {"+ GELU in the products", "+ CUDA graphs", "+ attention choice", "+ fp8"}
     assert left_out["+ CUDA graphs"] == "needs a GPU"
 
 
@@ -72,3 +74,11 @@ def test_quality_is_that_of_the_teacher(bench: Any, name: str) -> None:
     found = bench(replace(ROWS[name], dtype="fp32")).quality(8)
     assert 0 < found["final_loss"] < 5
     assert 0 <= found["teacher_top1"] <= 1
+
+
+def test_the_rows_of_kernels_leave_out_ever_fewer_ops() -> None:
+    texts = [technique.kernels for technique in WATERFALL if technique.needs == "cuda"]
+    left_out = [read_switch(text)[1] for text in texts]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(left_out))
+    assert left_out[0]
+    assert not left_out[-1]
