@@ -76,17 +76,20 @@ def failure_kernel(
     out,  # [B] int64
     windows_length, patches_length,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOWS_PIECES: tl.constexpr, PATCHES_PIECES: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     element, column = tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
     found = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, windows_length, BLOCK):
-        inside = start + element < windows_length
-        found |= broken(tl.load(windows + image * windows_length + start + element, mask=inside, other=0.0))
+    for piece in range(WINDOWS_PIECES):
+        at = piece * BLOCK + element
+        inside = at < windows_length
+        found |= broken(tl.load(windows + image * windows_length + at, mask=inside, other=0.0))
     if patches is not None:
-        for start in range(0, patches_length, BLOCK):
-            inside = start + element < patches_length
-            found |= broken(tl.load(patches + image * patches_length + start + element, mask=inside, other=0.0))
+        for piece in range(PATCHES_PIECES):
+            at = piece * BLOCK + element
+            inside = at < patches_length
+            found |= broken(tl.load(patches + image * patches_length + at, mask=inside, other=0.0))
     of_losses = broken(tl.load(losses + image * C + column, mask=column < C, other=0.0))
     fails = tl.max(found) + tl.max(of_losses) > 0
     before = tl.load(failed_at + image)
@@ -99,11 +102,11 @@ def record_kernel(
     new_failed_at, new_losses, new_scores,
     value,  # [B], or None
     weight, scores_length,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, LATE: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, LATE: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
-    for start in range(0, scores_length, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+    for piece in range(PIECES):
+        at = piece * BLOCK + tl.arange(0, BLOCK)
         row = image * scores_length + at
         tl.store(scores + row, tl.load(new_scores + row, mask=at < scores_length), mask=at < scores_length)
     column = tl.arange(0, BLOCK_C)
@@ -130,8 +133,11 @@ def failure_launch(
     out, columns = torch.empty_like(failed_at), losses.shape[1]
     arguments: Arguments = {"failed_at": failed_at, "iteration": iteration, "losses": losses, "out": out}
     arguments |= {"windows": windows, "patches": patches}
-    arguments |= {"windows_length": windows[0].numel(), "patches_length": 0 if patches is None else patches[0].numel()}
+    lengths = windows[0].numel(), 0 if patches is None else patches[0].numel()
+    arguments |= {"windows_length": lengths[0], "patches_length": lengths[1]}
+    pieces = [triton.cdiv(length, config.block) for length in lengths]
     constants = {"C": columns, "BLOCK_C": power_of_two(columns), "BLOCK": config.block}
+    constants |= {"WINDOWS_PIECES": pieces[0], "PATCHES_PIECES": pieces[1]}
     return Launch(failure_kernel, (len(failed_at),), arguments, constants, config.warps), out
 
 
@@ -146,7 +152,7 @@ def record_launch(
     arguments |= {"value": None if late is None else late.value, "weight": 0.0 if late is None else late.weight}
     arguments |= {"scores_length": target.scores.shape[1]}
     constants = {"C": columns, "BLOCK_C": power_of_two(columns), "LATE": -1 if late is None else late.number}
-    constants |= {"BLOCK": config.block}
+    constants |= {"BLOCK": config.block, "PIECES": triton.cdiv(target.scores.shape[1], config.block)}
     return Launch(record_kernel, (len(target.failed_at),), arguments, constants, config.warps)
 
 
