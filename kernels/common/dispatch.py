@@ -61,7 +61,6 @@ def why_not_triton(tensor: Tensor) -> str | None:
     )
 
 
-@functools.cache
 def read_switch(text: str) -> tuple[str, frozenset[str]]:
     """The first word of ``SMI_FAST_KERNELS``, and the ops whose kernel is left out.
 
