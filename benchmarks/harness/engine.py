@@ -111,7 +111,7 @@ class FixedStep:
         """Of one iteration over ``steps``, run as the inverter runs them.
 
         On CUDA these are whole captured graphs, so ``steps`` is rounded up to what they hold: launched one by one, the
-        250 kernels of a step would measure the host. The first call captures.
+        kernels of a step would measure the host. The first call captures.
         """
         if self.model.device.type == "cpu":
             return seconds_each(self.step, steps, "cpu")
